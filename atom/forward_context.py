@@ -1,0 +1,41 @@
+"""The tensors and metadata of one step, scoped; cannot nest."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atom.layers.attention.base import AttentionMetadata
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """What layers may look up while a model runs.
+
+    attn_metadata: how this step's tokens map to requests and cache slots; None in a
+        profiling run, where attention writes zeros and touches no cache.
+    layers: attention layers by name, so that a custom op can find its caches.
+    """
+
+    attn_metadata: "AttentionMetadata | None"
+    layers: dict[str, Any] = field(default_factory=dict)
+
+
+_current: ForwardContext | None = None
+
+
+def get_forward_context() -> ForwardContext:
+    assert _current is not None, "no forward context: wrap the model call in set_forward_context()"
+    return _current
+
+
+@contextmanager
+def set_forward_context(context: ForwardContext) -> Iterator[None]:
+    global _current
+    assert _current is None, "forward contexts cannot nest"
+    _current = context
+    try:
+        yield
+    finally:
+        _current = None

@@ -1,0 +1,59 @@
+"""One table says which op runs where.
+
+Every op has a torch reference in `kernels/torch/`, which defines its meaning. A faster backend
+(`cpu` in C++, `triton`) may implement any subset under the same name and signature; layers ask for
+an op once, when they are built, with `get_op(name)`.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from atom.platforms import current_platform
+
+logger = logging.getLogger(__name__)
+
+# op -> module below atom/kernels/<backend>/ that holds it, under the same name in every backend
+OPS: dict[str, str] = {
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+    "silu_and_mul": "activation",
+    "rotary_embedding_": "rotary",
+    "store_kv": "kv_cache",
+    "paged_attention": "attention",
+    "prepare_linear_weight": "linear",
+    "linear": "linear",
+    "prepare_silu_linear_weight": "linear",
+    "linear_silu_and_mul": "linear",
+    "fused_experts": "moe",
+    "sample": "sampling",
+}
+
+
+@cache
+def _backend(name: str) -> Any:
+    """The backend's package if it can run here, else None with one log line."""
+    package = importlib.import_module(f"atom.kernels.{name}")
+    reason = package.unavailable_reason()
+    if reason:
+        logger.warning("kernels: %s backend is off (%s); torch references are used instead", name, reason)
+        return None
+    return package
+
+
+def get_op(name: str, backends: tuple[str, ...] | None = None) -> Callable[..., Any]:
+    """The best implementation of an op among `backends` (default: the platform's order)."""
+    for backend in backends or current_platform().kernel_backends:
+        if backend != "torch" and _backend(backend) is None:
+            continue
+        try:
+            module = importlib.import_module(f"atom.kernels.{backend}.{OPS[name]}")
+        except ModuleNotFoundError as error:
+            if error.name != f"atom.kernels.{backend}.{OPS[name]}":
+                raise
+            continue
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise LookupError(f"no backend implements op {name!r}")

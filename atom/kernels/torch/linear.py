@@ -1,0 +1,29 @@
+"""Dense layers. `prepare_*` turns a checkpoint weight into what the backend's kernel reads."""
+
+import torch
+import torch.nn.functional as F
+
+from atom.kernels.torch.activation import silu_and_mul
+
+
+def prepare_linear_weight(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] -> the backend's own layout, opaque to callers; any shape, may alias the input."""
+    return weight
+
+
+def linear(
+    x: torch.Tensor, prepared: torch.Tensor, bias: torch.Tensor | None, out_features: int, out_float32: bool = False
+) -> torch.Tensor:
+    """[..., K] -> [..., out_features], accumulated in float32; x's dtype, or float32 (for logits)."""
+    out = F.linear(x, prepared, bias)
+    return out.float() if out_float32 else out
+
+
+def prepare_silu_linear_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Like prepare_linear_weight for a merged gate-and-up weight [2 * I, K]."""
+    return weight
+
+
+def linear_silu_and_mul(x: torch.Tensor, prepared: torch.Tensor, intermediate_size: int) -> torch.Tensor:
+    """[T, K] -> [T, I]: silu(x @ gate.T) * (x @ up.T)."""
+    return silu_and_mul(F.linear(x, prepared))

@@ -1,0 +1,84 @@
+"""What an attention backend is: its cache layout, what it supports, and its forward."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """Everything about a layer's attention that does not change between steps."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    dtype: torch.dtype
+    block_size: int
+    kv_cache_dtype: torch.dtype  # == dtype, or a float8 type with scales
+    sliding_window: int = 0  # 0 = sees all earlier tokens
+
+
+@dataclass(slots=True, kw_only=True)
+class AttentionMetadata:
+    """How one step's flat tokens map to requests and to the paged cache.
+
+    Requests with one query token (decodes) come first. Query token i of request r has
+    position seq_lens[r] - query_len[r] + i and sees the keys at positions <= its own.
+
+    query_start_loc: int32 [R + 1], first token of each request in the flat batch
+    seq_lens:        int32 [R], tokens of the request in the cache after this step
+    block_table:     int32 [R, max_blocks], cache blocks in order
+    slot_mapping:    int64 [T], block * block_size + offset; -1 = padding, not stored
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    num_decodes: int
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(slots=True)
+class KVCache:
+    """One layer's cache: [num_blocks, block_size, num_kv_heads, head_dim] each.
+
+    Scales are float32 [num_blocks, block_size, num_kv_heads], present only with a float8 cache.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+
+class AttentionBackend(ABC):
+    """Stateless but for its spec; one instance a layer. One file a backend."""
+
+    name: str
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+
+    @classmethod
+    @abstractmethod
+    def unsupported_reasons(cls, spec: AttentionSpec, device_type: str) -> list[str]:
+        """Why this backend can't serve the spec on the device; empty when it can."""
+
+    @abstractmethod
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Store key and value at the slots, then attend.
+
+        query, output: [T, num_heads, head_dim]; key, value: [T, num_kv_heads, head_dim].
+        """

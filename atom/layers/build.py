@@ -1,0 +1,28 @@
+"""What a model needs to know to build its layers; the only channel from the engine's settings to layers."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from atom.distributed.parallel_state import TPGroup, get_tp_group
+
+if TYPE_CHECKING:
+    from atom.config import QuantizationConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildContext:
+    """Passed to every model and layer constructor.
+
+    dtype: of weights and activations. kv_cache_dtype: == dtype, or the platform's float8.
+    quant_config: None or an object whose get_layer_quant_config(prefix) says how a layer is stored.
+    """
+
+    dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
+    block_size: int
+    max_model_len: int
+    attention_backend: str = "auto"
+    quant_config: "QuantizationConfig | None" = None
+    tp: TPGroup = field(default_factory=get_tp_group)

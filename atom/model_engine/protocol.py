@@ -1,0 +1,78 @@
+"""The plain typed data that crosses borders: front end <-> engine core <-> workers.
+
+Everything here encodes as msgpack and nothing imports torch.
+"""
+
+import msgspec
+
+from atom.sampling_params import SamplingParams
+
+
+class EngineRequest(msgspec.Struct, kw_only=True):
+    """One sequence to generate. A user's request with n > 1 becomes n of these."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams  # with seed, max_tokens and stop_token_ids resolved
+    arrival_time: float
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """One position: the chosen token first, then the top candidates in falling order."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int  # of the chosen token in the whole vocabulary, 1 = the most likely
+
+
+class EngineOutput(msgspec.Struct, kw_only=True):
+    """What one step added to one request."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
+    stop_reason: int | None = None  # the stop token that ended it, if one did
+    new_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # for prompt positions 1.., once
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class NewRequest(msgspec.Struct, kw_only=True):
+    """Everything a worker needs to start (or, after preemption, restart) a request."""
+
+    request_id: str
+    token_ids: list[int]  # the prompt, and after a preemption the output so far
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    block_ids: list[int]
+    num_computed_tokens: int  # prefix-cache hits
+
+
+class CachedRequest(msgspec.Struct, kw_only=True):
+    """What changed for a request a worker already knows."""
+
+    request_id: str
+    new_block_ids: list[int]
+    num_computed_tokens: int
+
+
+class ScheduledBatch(msgspec.Struct, kw_only=True):
+    """One step's work, as counts of tokens. Requests not named are left as they are."""
+
+    new_requests: list[NewRequest]
+    cached_requests: list[CachedRequest]
+    num_scheduled_tokens: dict[str, int]  # request_id -> tokens to compute now
+    removed_request_ids: list[str]  # finished, aborted or preempted: forget them first
+    total_tokens: int
+
+
+class ModelOutput(msgspec.Struct, kw_only=True):
+    """What a step produced. A request whose prompt isn't through yet has no token."""
+
+    sampled_token_ids: dict[str, list[int]]
+    logprobs: dict[str, list[TokenLogprobs]] = msgspec.field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = msgspec.field(default_factory=dict)
+    errors: dict[str, str] = msgspec.field(default_factory=dict)

@@ -1,0 +1,39 @@
+"""Which machine this is: detected once."""
+
+from functools import cache
+
+from atom.platforms.base import Platform
+
+__all__ = ["Platform", "current_platform", "get_platform"]
+
+
+def get_platform(name: str) -> Platform:
+    """The platform called `name` ("cpu", "cuda", "rocm"); ValueError when it isn't usable here."""
+    if name == "cpu":
+        from atom.platforms.cpu import CpuPlatform
+
+        return CpuPlatform()
+    if name in ("cuda", "rocm"):
+        import torch
+
+        found = "rocm" if torch.version.hip else "cuda"
+        if not torch.cuda.is_available() or found != name:
+            raise ValueError(f"device={name!r}: torch {torch.__version__} finds no {name} device; use device='cpu'")
+        if name == "rocm":
+            from atom.platforms.rocm import RocmPlatform
+
+            return RocmPlatform()
+        from atom.platforms.cuda import CudaPlatform
+
+        return CudaPlatform()
+    raise ValueError(f"device={name!r} is unknown; use one of auto, cpu, cuda, rocm")
+
+
+@cache
+def current_platform() -> Platform:
+    """The best platform of this machine."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return get_platform("cpu")
+    return get_platform("rocm" if torch.version.hip else "cuda")

@@ -1,0 +1,30 @@
+"""The interface every platform fulfils."""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+
+class Platform(ABC):
+    """Facts about a kind of device and the few calls that differ between kinds."""
+
+    name: str
+    device_type: str  # torch's name of the device
+    kernel_backends: tuple[str, ...]  # folders of atom/kernels, best first; "torch" is always last
+    attention_backends: tuple[str, ...]  # names in atom/layers/attention/registry.py, best first
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn
+
+    def device(self, index: int = 0) -> torch.device:
+        return torch.device(self.device_type, index) if self.device_type != "cpu" else torch.device("cpu")
+
+    @abstractmethod
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for the device's queued work."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for logs: which chip, how many cores or how much memory."""
