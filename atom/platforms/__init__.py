@@ -4,7 +4,7 @@ from functools import cache
 
 from atom.platforms.base import Platform
 
-__all__ = ["Platform", "current_platform", "get_platform"]
+__all__ = ["Platform", "current_platform", "get_platform", "select_platform"]
 
 
 def get_platform(name: str) -> Platform:
@@ -29,9 +29,23 @@ def get_platform(name: str) -> Platform:
     raise ValueError(f"device={name!r} is unknown; use one of auto, cpu, cuda, rocm")
 
 
-@cache
+_selected: Platform | None = None
+
+
 def current_platform() -> Platform:
-    """The best platform of this machine."""
+    """The platform this process runs on: the selected one, else the machine's best."""
+    return _selected or _detect()
+
+
+def select_platform(name: str) -> Platform:
+    """Make `name` ("auto" = the machine's best) the platform of this process."""
+    global _selected
+    _selected = _detect() if name == "auto" else get_platform(name)
+    return _selected
+
+
+@cache
+def _detect() -> Platform:
     import torch
 
     if not torch.cuda.is_available():

@@ -1,0 +1,68 @@
+"""The loop at the heart: schedule, execute, update. Runs in the caller's process or in its own."""
+
+from atom.config import Config
+from atom.model_engine.block_manager import BlockManager
+from atom.model_engine.executor import make_executor
+from atom.model_engine.protocol import EngineOutput, EngineRequest
+from atom.model_engine.scheduler import Scheduler, SchedulerLimits
+from atom.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class EngineCore:
+    """Owns the scheduler and the workers; speaks only the structs of `protocol`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.executor = make_executor(config)
+        self.plan = self.executor.initialize()
+        assert config.max_model_len is not None
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=config.max_model_len,
+                delay_factor=config.scheduler_delay_factor,
+            ),
+            BlockManager(self.plan.num_blocks, config.kv_cache_block_size, config.enable_prefix_caching),
+        )
+
+    def add_request(self, request: EngineRequest) -> None:
+        self.scheduler.add(request)
+
+    def abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self.scheduler.abort(request_id)
+
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished()
+
+    def step(self) -> list[EngineOutput]:
+        """One step of the engine; an empty list when there is nothing to do."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        return self.scheduler.update(batch, self.executor.execute(batch))
+
+    def reset_prefix_cache(self) -> bool:
+        return self.scheduler.blocks.reset_prefix_cache()
+
+    def start_profile(self) -> None:
+        self.executor.start_profile()
+
+    def stop_profile(self) -> str | None:
+        return self.executor.stop_profile()
+
+    def stats(self) -> dict[str, float]:
+        blocks = self.scheduler.blocks
+        return {
+            "running": self.scheduler.num_running,
+            "waiting": self.scheduler.num_waiting,
+            "kv_cache_usage": 1 - blocks.num_free_blocks / blocks.num_blocks,
+            "prefix_hit_rate": blocks.num_hit_tokens / max(1, blocks.num_queried_tokens),
+            "preemptions": self.scheduler.num_preemptions,
+        }
+
+    def close(self) -> None:
+        self.executor.close()

@@ -1,0 +1,243 @@
+"""One worker on one device: loads the model, sizes the cache, runs steps."""
+
+import time
+
+import numpy as np
+import torch
+
+from atom.config import Config
+from atom.forward_context import ForwardContext, set_forward_context
+from atom.layers.attention.layer import Attention
+from atom.layers.build import BuildContext
+from atom.layers.sampler import Sampler
+from atom.model_engine import kv_cache
+from atom.model_engine.input_batch import InputBatch, StepInput
+from atom.model_engine.profiler import Profiler
+from atom.model_engine.prompt_logprobs import PromptLogprobs
+from atom.model_engine.protocol import ModelOutput, ScheduledBatch
+from atom.model_engine.sampling import SamplingState, to_token_logprobs
+from atom.model_loader.loader import load_model
+from atom.platforms import select_platform
+from atom.utils import envs
+from atom.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class ModelRunner:
+    """Driven by an executor: `initialize` once, then `execute` a step at a time."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.platform = select_platform(config.device)
+        self.device = self.platform.device()
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.profiler = Profiler(config.torch_profiler_dir or "traces", envs.ATOM_PROFILER_MORE)
+
+    def initialize(self) -> kv_cache.MemoryPlan:
+        """Load weights, measure what a full step needs, give the rest to the cache."""
+        config = self.config
+        dtype = config.torch_dtype
+        context = BuildContext(
+            dtype=dtype,
+            kv_cache_dtype=self.platform.fp8_dtype if config.kv_cache_dtype == "fp8" else dtype,
+            block_size=config.kv_cache_block_size,
+            max_model_len=config.max_model_len,
+            attention_backend=config.attention_backend,
+            quant_config=None,
+        )
+        logger.info("platform: %s", self.platform.describe())
+        started = time.perf_counter()
+        self.model = load_model(config, self.device, context)
+        logger.info("weights loaded in %.2f s", time.perf_counter() - started)
+        self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
+        self.layers = {layer.layer_name: layer for layer in self.attention_layers}
+        self.sampler = Sampler()
+        self.vocab_size: int = config.hf_config.vocab_size
+        self.prompt_logprobs = PromptLogprobs(self.model.compute_logits)
+
+        num_blocks, plan = self.get_num_blocks()
+        self.kv_cache_config = kv_cache.allocate(self.attention_layers, num_blocks, self.device)
+        self.batch = InputBatch(
+            config.max_num_seqs, config.max_model_len, config.kv_cache_block_size, self.vocab_size, self.device
+        )
+        self.sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.device)
+        logger.info(
+            "KV cache: %d blocks of %d tokens, %.2f GiB (%s)",
+            plan.num_blocks,
+            plan.block_size,
+            plan.cache_bytes / 2**30,
+            plan.reason,
+        )
+        return plan
+
+    def get_num_blocks(self) -> tuple[int, kv_cache.MemoryPlan]:
+        """Decide the number of cache blocks; sets the config's derived cache fields.
+
+        Raises CacheMemoryError when not even one request of max_model_len fits.
+        """
+        config = self.config
+        # No stateful-attention model is built yet: no request needs a slot beside its blocks.
+        config.per_req_cache_equiv_blocks = 0
+        config.num_per_req_cache_groups = 0
+        block_size = config.kv_cache_block_size
+        block_bytes = kv_cache.bytes_per_block(layer.spec for layer in self.attention_layers)
+        weight_bytes = sum(t.numel() * t.element_size() for t in self._all_tensors())
+        activation_bytes = self._profile_run()
+        free, total = self.platform.memory()
+        if self.platform.device_type == "cpu":
+            setting = "cpu_memory_utilization"
+            available = int(free * config.cpu_memory_utilization)
+            reason = f"{config.cpu_memory_utilization:g} of {free / 2**30:.1f} GiB free RAM"
+        else:
+            setting = "gpu_memory_utilization"
+            # What a step allocates is free now but not to be had by the cache.
+            available = int(total * config.gpu_memory_utilization) - (total - free) - activation_bytes
+            reason = f"{config.gpu_memory_utilization:g} of {total / 2**30:.1f} GiB less weights and activations"
+        full_context = -(-config.max_model_len // block_size)
+        if config.num_kvcache_blocks > 0:
+            num_blocks, reason = config.num_kvcache_blocks, "num_kvcache_blocks was given"
+            kv_cache.require_blocks(max(available, free), block_bytes, num_blocks, setting)
+        else:
+            needed = full_context if config.is_user_set("max_model_len") else 1
+            num_blocks = kv_cache.require_blocks(available, block_bytes, needed, setting)
+            useful = kv_cache.useful_blocks(config.max_num_seqs, config.max_model_len, block_size)
+            if useful < num_blocks:
+                num_blocks, reason = useful, "max_num_seqs x max_model_len can use no more"
+        if num_blocks < full_context:
+            self._shrink_max_model_len(num_blocks * block_size)
+        config.num_kvcache_blocks = num_blocks
+        plan = kv_cache.MemoryPlan(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            bytes_per_block=block_bytes,
+            total_bytes=total,
+            free_bytes=free,
+            weight_bytes=weight_bytes,
+            activation_bytes=activation_bytes,
+            reason=reason,
+        )
+        return num_blocks, plan
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> ModelOutput:
+        """Run one step: update rows, compute the scheduled tokens, sample where a sequence is complete."""
+        self._update_rows(batch)
+        step = self.batch.prepare(batch)
+        with set_forward_context(ForwardContext(step.metadata, self.layers)):
+            hidden = self.model(step.input_ids, step.positions)
+        output = ModelOutput(sampled_token_ids={})
+        self._collect_prompt_logprobs(step, hidden)
+        sampled = np.empty(0, dtype=np.int64)
+        if len(step.sampling):
+            if len(step.sampling) != len(hidden):
+                hidden = hidden[step.logits_indices]
+            sampled = self._sample(step, self.model.compute_logits(hidden), output)
+        self.batch.commit(step, sampled)
+        return output
+
+    def start_profile(self) -> None:
+        self.profiler.start()
+
+    def stop_profile(self) -> str | None:
+        return self.profiler.stop()
+
+    def _update_rows(self, batch: ScheduledBatch) -> None:
+        for request_id in batch.removed_request_ids:
+            self.sampling.remove(self.batch.remove(request_id))
+            self.prompt_logprobs.forget(request_id)
+        for request in batch.new_requests:
+            row = self.batch.add(request)
+            prompt = request.num_prompt_tokens
+            params = request.sampling_params
+            self.sampling.add(
+                row, params, request.token_ids[:prompt], request.token_ids[prompt:], params.stop_token_ids
+            )
+        for cached in batch.cached_requests:
+            if cached.new_block_ids:
+                self.batch.append_blocks(self.batch.row_of[cached.request_id], cached.new_block_ids)
+
+    def _sample(self, step: StepInput, logits: torch.Tensor, output: ModelOutput) -> np.ndarray:
+        rows = step.rows[step.sampling]
+        result = self.sampler(logits, self.sampling.build(rows))
+        token_ids = result.token_ids.cpu().numpy()
+        self.sampling.append(rows, token_ids)
+        request_ids = self.batch.request_ids
+        for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
+            output.sampled_token_ids[request_ids[row]] = [token]
+        if result.logprobs is not None:
+            wanted = []
+            for row in rows.tolist():
+                params = self.batch.params[row]
+                assert params is not None
+                wanted.append(params.logprobs)
+            for row, entry in zip(rows.tolist(), to_token_logprobs(result, wanted), strict=True):
+                if entry is not None:
+                    output.logprobs[request_ids[row]] = [entry]
+        for row in rows.tolist():
+            params = self.batch.params[row]
+            assert params is not None
+            # Only with the first token; a resumed request has delivered them already.
+            if params.prompt_logprobs is not None and self.batch.num_tokens[row] == self.batch.num_prompt[row]:
+                output.prompt_logprobs[request_ids[row]] = self.prompt_logprobs.take(request_ids[row])
+        return token_ids
+
+    def _collect_prompt_logprobs(self, step: StepInput, hidden: torch.Tensor) -> None:
+        for i, row in enumerate(step.rows.tolist()):
+            params = self.batch.params[row]
+            assert params is not None
+            if params.prompt_logprobs is None:
+                continue
+            first = int(self.batch.num_computed[row])
+            end = min(first + int(step.counts[i]), int(self.batch.num_prompt[row]) - 1)
+            if first >= end:
+                continue
+            flat = int(step.starts[i])
+            self.prompt_logprobs.add_chunk(
+                self.batch.request_ids[row],
+                hidden[flat : flat + end - first],
+                first,
+                self.batch.tokens[row, first + 1 : end + 1].tolist(),
+                params.prompt_logprobs,
+            )
+
+    @torch.inference_mode()
+    def _profile_run(self) -> int:
+        """Bytes that the largest step takes at its peak; 0 on a CPU, where pages come on demand."""
+        if self.platform.device_type == "cpu":
+            return 0
+        config = self.config
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        tokens = torch.zeros(config.max_num_batched_tokens, dtype=torch.int64, device=self.device)
+        with set_forward_context(ForwardContext(None, self.layers)):
+            hidden = self.model(tokens, tokens)
+        num_rows = min(config.max_num_seqs, len(hidden))
+        state = SamplingState(1, self.vocab_size, self.device)
+        self.sampler(self.model.compute_logits(hidden[:num_rows]), state.worst_case(num_rows))
+        self.platform.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del hidden, tokens
+        torch.cuda.empty_cache()
+        return peak
+
+    def _shrink_max_model_len(self, room: int) -> None:
+        config = self.config
+        if config.is_user_set("max_model_len"):
+            raise kv_cache.CacheMemoryError(
+                f"max_model_len={config.max_model_len} does not fit the KV cache of {room} tokens "
+                f"(num_kvcache_blocks={config.num_kvcache_blocks}); lower max_model_len or raise num_kvcache_blocks"
+            )
+        logger.warning(
+            "max_model_len: %d -> %d, what the KV cache holds (set num_kvcache_blocks or free memory for more)",
+            config.max_model_len,
+            room,
+        )
+        config.max_model_len = room
+        config.reasons["max_model_len"] = f"{room}: what the KV cache holds"
+
+    def _all_tensors(self) -> list[torch.Tensor]:
+        seen = {t.data_ptr(): t for t in [*self.model.parameters(), *self.model.buffers()]}
+        return list(seen.values())

@@ -1,0 +1,282 @@
+"""Which tokens run in the next step.
+
+The scheduler counts tokens, not phases: a step gives each request some of its not yet computed
+tokens within `max_num_batched_tokens`. Decodes go first, so that a long prompt never starves them;
+chunks of prompts fill what is left. When blocks run out, the request served last is preempted: its
+blocks are freed and it is computed again later (recompute).
+"""
+
+import bisect
+import heapq
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from atom.model_engine.block_manager import BlockManager
+from atom.model_engine.protocol import (
+    CachedRequest,
+    EngineOutput,
+    EngineRequest,
+    ModelOutput,
+    NewRequest,
+    ScheduledBatch,
+)
+from atom.model_engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """delay_factor: see `Scheduler._may_admit`; lengths and budgets in tokens."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    delay_factor: float = 0.0
+
+
+class Scheduler:
+    """Policy only: no tensors, no I/O. `schedule` and `update` alternate."""
+
+    def __init__(
+        self, limits: SchedulerLimits, block_manager: BlockManager, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.limits = limits
+        self.blocks = block_manager
+        self.num_preemptions = 0
+        self._clock = clock
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap; finished ones are skipped
+        self._num_waiting = 0
+        self._running: list[Sequence] = []  # by sort_key
+        self._removed: list[str] = []  # for the workers to forget at the next step
+        self._order = 0
+        self._waiting_since: dict[str, float] = {}
+        self._last_prefill_seconds = 0.0
+        self._step_started: tuple[float, bool] | None = None  # (time, contains a prefill)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    def has_unfinished(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, request: EngineRequest) -> None:
+        assert request.request_id not in self._sequences, f"request id {request.request_id!r} is in use"
+        seq = Sequence(request, self._order)
+        self._order += 1
+        self._sequences[seq.request_id] = seq
+        self._waiting_since[seq.request_id] = self._clock()
+        self._push_waiting(seq)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request at any stage; its blocks are free before the next step. False if unknown."""
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return False
+        self._finish(seq)
+        return True
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next step's work, or None when nothing can or need run."""
+        removed, self._removed = self._removed, []
+        budget = self.limits.max_num_batched_tokens
+        scheduled: dict[str, int] = {}
+        new: list[NewRequest] = []
+        cached: list[CachedRequest] = []
+        preempted = False
+        has_prefill = False
+
+        # Decodes before chunks of prompts, each in order of service.
+        decoding = [s for s in self._running if s.num_uncomputed_tokens == 1]
+        prefilling = [s for s in self._running if s.num_uncomputed_tokens > 1]
+        for seq in decoding + prefilling:
+            if budget == 0:
+                break
+            if seq.status is not SequenceStatus.RUNNING:
+                continue  # preempted below for the sake of an earlier one
+            count = min(seq.num_uncomputed_tokens, budget)
+            new_blocks = self.blocks.grow(seq, seq.num_computed_tokens + count)
+            while new_blocks is None:
+                victim = self._running[-1]
+                self._preempt(victim)
+                preempted = True
+                budget += scheduled.pop(victim.request_id, 0)
+                cached = [c for c in cached if c.request_id != victim.request_id]
+                if victim is seq:
+                    break
+                new_blocks = self.blocks.grow(seq, seq.num_computed_tokens + count)
+            if new_blocks is None:
+                continue
+            cached.append(
+                CachedRequest(
+                    request_id=seq.request_id, new_block_ids=new_blocks, num_computed_tokens=seq.num_computed_tokens
+                )
+            )
+            scheduled[seq.request_id] = count
+            budget -= count
+            has_prefill = has_prefill or count > 1
+
+        # A step that had to preempt admits nobody: the newcomer would be the next victim.
+        while budget > 0 and not preempted and self._num_waiting and len(self._running) < self.limits.max_num_seqs:
+            seq = self._peek_waiting()
+            if not self._may_admit(seq):
+                break
+            hit = self.blocks.match_prefix(seq) if seq.params.prompt_logprobs is None else []
+            # Room for the whole known sequence, or it would be preempted half-way through its prompt.
+            if not self.blocks.can_hold(seq.num_tokens, hit):
+                break
+            self._pop_waiting()
+            self.blocks.start(seq, hit)
+            seq.num_computed_tokens = len(hit) * self.blocks.block_size
+            if seq.num_preemptions == 0:
+                seq.num_cached_tokens = seq.num_computed_tokens
+            count = min(seq.num_uncomputed_tokens, budget)
+            grown = self.blocks.grow(seq, seq.num_computed_tokens + count)
+            assert grown is not None
+            self._insert_running(seq)
+            new.append(
+                NewRequest(
+                    request_id=seq.request_id,
+                    token_ids=seq.token_ids[:],
+                    num_prompt_tokens=seq.num_prompt_tokens,
+                    sampling_params=seq.params,
+                    block_ids=seq.block_ids[:],
+                    num_computed_tokens=seq.num_computed_tokens,
+                )
+            )
+            scheduled[seq.request_id] = count
+            budget -= count
+            has_prefill = True
+
+        removed += self._removed
+        self._removed = []
+        if not scheduled:
+            self._removed = removed
+            return None
+        self._step_started = (self._clock(), has_prefill)
+        return ScheduledBatch(
+            new_requests=new,
+            cached_requests=cached,
+            num_scheduled_tokens=scheduled,
+            removed_request_ids=removed,
+            total_tokens=self.limits.max_num_batched_tokens - budget,
+        )
+
+    def update(self, batch: ScheduledBatch, output: ModelOutput) -> list[EngineOutput]:
+        """Take in what a step computed: append, finish, free."""
+        if self._step_started is not None and self._step_started[1]:
+            self._last_prefill_seconds = self._clock() - self._step_started[0]
+        self._step_started = None
+        results: list[EngineOutput] = []
+        finished = False
+        for request_id, count in batch.num_scheduled_tokens.items():
+            seq = self._sequences.get(request_id)
+            if seq is None or seq.status is not SequenceStatus.RUNNING:
+                continue  # aborted while the step ran
+            error = output.errors.get(request_id)
+            if error is not None:
+                results.append(
+                    EngineOutput(request_id=request_id, new_token_ids=[], finish_reason="error", error=error)
+                )
+                self._release(seq)
+                finished = True
+                continue
+            seq.num_computed_tokens += count
+            self.blocks.register_computed(seq)
+            sampled = output.sampled_token_ids.get(request_id)
+            prompt_logprobs = output.prompt_logprobs.get(request_id)
+            if not sampled:
+                continue
+            taken, reason, stop_reason = self._append(seq, sampled)
+            logprobs = output.logprobs.get(request_id)
+            results.append(
+                EngineOutput(
+                    request_id=request_id,
+                    new_token_ids=taken,
+                    finish_reason=reason,
+                    stop_reason=stop_reason,
+                    new_logprobs=logprobs[: len(taken)] if logprobs is not None else None,
+                    prompt_logprobs=prompt_logprobs,
+                    num_cached_tokens=seq.num_cached_tokens,
+                )
+            )
+            if reason is not None:
+                self._release(seq)
+                finished = True
+        if finished:
+            self._running = [s for s in self._running if s.status is SequenceStatus.RUNNING]
+        return results
+
+    def check(self) -> None:
+        """Assert the invariants between requests and blocks; cheap enough for when the engine is idle."""
+        assert all(s.status is SequenceStatus.RUNNING for s in self._running)
+        assert self._running == sorted(self._running, key=lambda s: s.sort_key)
+        assert len(self._running) <= self.limits.max_num_seqs
+        assert len(self._running) + self._num_waiting == len(self._sequences)
+        self.blocks.check(self._running)
+
+    def _append(self, seq: Sequence, sampled: list[int]) -> tuple[list[int], str | None, int | None]:
+        """Append tokens up to the one that ends the request: (taken, finish reason, stop token)."""
+        params = seq.params
+        for i, token in enumerate(sampled, start=1):
+            seq.token_ids.append(token)
+            num_output = seq.num_output_tokens
+            if token in seq.stop_token_ids and num_output >= params.min_tokens:
+                return sampled[:i], "stop", token
+            if num_output >= params.max_tokens or seq.num_tokens >= self.limits.max_model_len:
+                return sampled[:i], "length", None
+        return sampled, None, None
+
+    def _may_admit(self, seq: Sequence) -> bool:
+        """With a delay factor f, a prompt waits while others run until f x the last prefill's duration is over."""
+        if self.limits.delay_factor <= 0 or not self._running:
+            return True
+        waited = self._clock() - self._waiting_since[seq.request_id]
+        return waited > self.limits.delay_factor * self._last_prefill_seconds
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self.blocks.free(seq)
+        seq.num_computed_tokens = 0
+        seq.num_preemptions += 1
+        seq.status = SequenceStatus.WAITING
+        self.num_preemptions += 1
+        self._removed.append(seq.request_id)
+        self._push_waiting(seq)
+
+    def _finish(self, seq: Sequence) -> None:
+        if seq.status is SequenceStatus.RUNNING:
+            self._running.remove(seq)
+        else:
+            self._num_waiting -= 1  # its heap entry is skipped when it comes up
+        self._release(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        if seq.status is SequenceStatus.RUNNING:
+            self._removed.append(seq.request_id)
+        self.blocks.free(seq)
+        seq.status = SequenceStatus.FINISHED
+        del self._sequences[seq.request_id]
+        self._waiting_since.pop(seq.request_id, None)
+
+    def _insert_running(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.RUNNING
+        bisect.insort(self._running, seq, key=lambda s: s.sort_key)
+
+    def _push_waiting(self, seq: Sequence) -> None:
+        heapq.heappush(self._waiting, (seq.sort_key, seq))
+        self._num_waiting += 1
+
+    def _peek_waiting(self) -> Sequence:
+        while self._waiting[0][1].status is not SequenceStatus.WAITING:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1]
+
+    def _pop_waiting(self) -> None:
+        heapq.heappop(self._waiting)
+        self._num_waiting -= 1

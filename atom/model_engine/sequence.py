@@ -1,0 +1,69 @@
+"""One request as the scheduler sees it: its tokens, its blocks, and how far it has been computed."""
+
+import enum
+
+from atom.model_engine.protocol import EngineRequest
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """Mutable scheduling state; no tensors.
+
+    num_computed_tokens counts tokens whose keys and values are in the cache; the sequence decodes
+    when just its last token is left to compute, and prefills while more are.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_ids",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "order",
+        "params",
+        "request",
+        "request_id",
+        "status",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(self, request: EngineRequest, order: int) -> None:
+        self.request = request
+        self.request_id = request.request_id
+        self.params = request.sampling_params
+        self.order = order  # of arrival: the tie-break among equal priorities
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # of the first prefill, as reported to the user
+        self.num_preemptions = 0
+        self.block_ids: list[int] = []
+        self.block_hashes: list[bytes] = []  # chain over full blocks of known tokens
+        self.num_registered_blocks = 0  # leading blocks offered to the prefix cache
+        self.stop_token_ids = frozenset(self.params.stop_token_ids)
+        self.status = SequenceStatus.WAITING
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def sort_key(self) -> tuple[int, int]:
+        """Smaller is served first and preempted last."""
+        return (self.request.priority, self.order)
