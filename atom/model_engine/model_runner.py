@@ -15,7 +15,7 @@ from atom.model_engine.input_batch import InputBatch, StepInput
 from atom.model_engine.profiler import Profiler
 from atom.model_engine.prompt_logprobs import PromptLogprobs
 from atom.model_engine.protocol import ModelOutput, ScheduledBatch
-from atom.model_engine.sampling import SamplingState, to_token_logprobs
+from atom.model_engine.sampling import SamplingState, to_token_logprobs, worst_case_metadata
 from atom.model_loader.loader import load_model
 from atom.platforms import select_platform
 from atom.utils import envs
@@ -56,6 +56,7 @@ class ModelRunner:
         self.sampler = Sampler()
         self.vocab_size: int = config.hf_config.vocab_size
         self.prompt_logprobs = PromptLogprobs(self.model.compute_logits)
+        self._prompt_logprob_rows: set[int] = set()
 
         num_blocks, plan = self.get_num_blocks()
         self.kv_cache_config = kv_cache.allocate(self.attention_layers, num_blocks, self.device)
@@ -145,12 +146,17 @@ class ModelRunner:
 
     def _update_rows(self, batch: ScheduledBatch) -> None:
         for request_id in batch.removed_request_ids:
-            self.sampling.remove(self.batch.remove(request_id))
-            self.prompt_logprobs.forget(request_id)
+            row = self.batch.remove(request_id)
+            self.sampling.remove(row)
+            if row in self._prompt_logprob_rows:
+                self._prompt_logprob_rows.discard(row)
+                self.prompt_logprobs.forget(request_id)
         for request in batch.new_requests:
             row = self.batch.add(request)
             prompt = request.num_prompt_tokens
             params = request.sampling_params
+            if params.prompt_logprobs is not None:
+                self._prompt_logprob_rows.add(row)
             self.sampling.add(
                 row, params, request.token_ids[:prompt], request.token_ids[prompt:], params.stop_token_ids
             )
@@ -175,20 +181,21 @@ class ModelRunner:
             for row, entry in zip(rows.tolist(), to_token_logprobs(result, wanted), strict=True):
                 if entry is not None:
                     output.logprobs[request_ids[row]] = [entry]
-        for row in rows.tolist():
-            params = self.batch.params[row]
-            assert params is not None
-            # Only with the first token; a resumed request has delivered them already.
-            if params.prompt_logprobs is not None and self.batch.num_tokens[row] == self.batch.num_prompt[row]:
+        # Only with the first token; a resumed request has delivered them already.
+        for row in self._prompt_logprob_rows.intersection(rows.tolist()):
+            if self.batch.num_tokens[row] == self.batch.num_prompt[row]:
                 output.prompt_logprobs[request_ids[row]] = self.prompt_logprobs.take(request_ids[row])
         return token_ids
 
     def _collect_prompt_logprobs(self, step: StepInput, hidden: torch.Tensor) -> None:
+        if not self._prompt_logprob_rows:
+            return
         for i, row in enumerate(step.rows.tolist()):
+            if row not in self._prompt_logprob_rows:
+                continue
             params = self.batch.params[row]
             assert params is not None
-            if params.prompt_logprobs is None:
-                continue
+            assert params.prompt_logprobs is not None
             first = int(self.batch.num_computed[row])
             end = min(first + int(step.counts[i]), int(self.batch.num_prompt[row]) - 1)
             if first >= end:
@@ -207,21 +214,14 @@ class ModelRunner:
         """Bytes that the largest step takes at its peak; 0 on a CPU, where pages come on demand."""
         if self.platform.device_type == "cpu":
             return 0
-        config = self.config
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        tokens = torch.zeros(config.max_num_batched_tokens, dtype=torch.int64, device=self.device)
+        self.platform.reset_peak_memory()
+        tokens = torch.zeros(self.config.max_num_batched_tokens, dtype=torch.int64, device=self.device)
         with set_forward_context(ForwardContext(None, self.layers)):
             hidden = self.model(tokens, tokens)
-        num_rows = min(config.max_num_seqs, len(hidden))
-        state = SamplingState(1, self.vocab_size, self.device)
-        self.sampler(self.model.compute_logits(hidden[:num_rows]), state.worst_case(num_rows))
-        self.platform.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
+        num_rows = min(self.config.max_num_seqs, len(hidden))
+        self.sampler(self.model.compute_logits(hidden[:num_rows]), worst_case_metadata(num_rows, self.device))
         del hidden, tokens
-        torch.cuda.empty_cache()
-        return peak
+        return self.platform.peak_memory()
 
     def _shrink_max_model_len(self, room: int) -> None:
         config = self.config

@@ -28,3 +28,10 @@ class Platform(ABC):
     @abstractmethod
     def describe(self) -> str:
         """One line for logs: which chip, how many cores or how much memory."""
+
+    def reset_peak_memory(self) -> None:
+        """Start measuring `peak_memory` here."""
+
+    def peak_memory(self) -> int:
+        """Bytes allocated at the highest point since `reset_peak_memory`, beyond those then; 0 = not measured."""
+        return 0

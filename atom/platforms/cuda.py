@@ -10,6 +10,7 @@ class CudaPlatform(Platform):
     device_type = "cuda"
     kernel_backends = ("triton", "torch")
     attention_backends = ("triton", "torch")
+    _allocated_before = 0
 
     def memory(self) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info()
@@ -21,3 +22,13 @@ class CudaPlatform(Platform):
     def describe(self) -> str:
         free, total = self.memory()
         return f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+    def reset_peak_memory(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self._allocated_before = torch.cuda.memory_allocated()
+
+    def peak_memory(self) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.max_memory_allocated() - self._allocated_before
