@@ -83,7 +83,7 @@ class BlockManager:
         """Offer the sequence's full, computed blocks to the prefix cache."""
         if not self.enable_prefix_caching:
             return
-        num_full = seq.num_computed_tokens // self.block_size
+        num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
         if num_full <= seq.num_registered_blocks:
             return
         self._extend_hashes(seq)
@@ -137,7 +137,7 @@ class BlockManager:
 
     def _extend_hashes(self, seq: Sequence) -> None:
         size, hashes = self.block_size, seq.block_hashes
-        num_full = seq.num_tokens // size
+        num_full = len(seq.token_ids) // size
         if len(hashes) == num_full:
             return
         parent = hashes[-1] if hashes else xxhash.xxh3_128_digest(seq.request.cache_salt.encode())

@@ -1,9 +1,12 @@
 """The loop at the heart: schedule, execute, update. Runs in the caller's process or in its own."""
 
+from collections import deque
+from collections.abc import Callable
+
 from atom.config import Config
 from atom.model_engine.block_manager import BlockManager
 from atom.model_engine.executor import make_executor
-from atom.model_engine.protocol import EngineOutput, EngineRequest
+from atom.model_engine.protocol import EngineOutput, EngineRequest, ModelOutput, ScheduledBatch
 from atom.model_engine.scheduler import Scheduler, SchedulerLimits
 from atom.utils.logging import get_logger
 
@@ -27,6 +30,7 @@ class EngineCore:
             ),
             BlockManager(self.plan.num_blocks, config.kv_cache_block_size, config.enable_prefix_caching),
         )
+        self._in_flight: deque[tuple[ScheduledBatch, Callable[[], ModelOutput]]] = deque()
 
     def add_request(self, request: EngineRequest) -> None:
         self.scheduler.add(request)
@@ -39,11 +43,16 @@ class EngineCore:
         return self.scheduler.has_unfinished()
 
     def step(self) -> list[EngineOutput]:
-        """One step of the engine; an empty list when there is nothing to do."""
-        batch = self.scheduler.schedule()
-        if batch is None:
+        """The outputs of the oldest step under way, after starting as many as may overlap with it."""
+        while len(self._in_flight) < self.executor.max_in_flight:
+            batch = self.scheduler.schedule()
+            if batch is None:
+                break
+            self._in_flight.append((batch, self.executor.submit(batch)))
+        if not self._in_flight:
             return []
-        return self.scheduler.update(batch, self.executor.execute(batch))
+        batch, result = self._in_flight.popleft()
+        return self.scheduler.update(batch, result())
 
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.blocks.reset_prefix_cache()

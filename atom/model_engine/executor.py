@@ -1,6 +1,7 @@
 """Runs a step on the workers. Here: one worker in this process."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from atom.model_engine.protocol import ModelOutput, ScheduledBatch
@@ -17,8 +18,14 @@ class Executor(ABC):
     def initialize(self) -> "MemoryPlan":
         """Load the model, size and allocate the cache."""
 
+    @property
     @abstractmethod
-    def execute(self, batch: ScheduledBatch) -> ModelOutput: ...
+    def max_in_flight(self) -> int:
+        """Steps that may be submitted before the first one's result is asked for."""
+
+    @abstractmethod
+    def submit(self, batch: ScheduledBatch) -> Callable[[], ModelOutput]:
+        """Start a step; calling the result waits for it. Steps run in the order submitted."""
 
     @abstractmethod
     def start_profile(self) -> None: ...
@@ -42,8 +49,12 @@ class UniprocExecutor(Executor):
     def initialize(self) -> "MemoryPlan":
         return self._runner.initialize()
 
-    def execute(self, batch: ScheduledBatch) -> ModelOutput:
-        return self._runner.execute(batch)
+    @property
+    def max_in_flight(self) -> int:
+        return self._runner.max_in_flight
+
+    def submit(self, batch: ScheduledBatch) -> Callable[[], ModelOutput]:
+        return self._runner.submit(batch)
 
     def start_profile(self) -> None:
         self._runner.start_profile()

@@ -12,11 +12,11 @@ from atom.sampling_params import SamplingParams
 
 @dataclass(slots=True)
 class StepInput:
-    """One step, requests with a single token first.
+    """One step, requests with a single token first. R requests, T tokens, S of the requests sample.
 
-    rows: int64 [R], their rows; input_ids, positions: int64 [T]; counts: int64 [R] tokens a request.
-    sampling: indices into rows of the requests whose last known token is computed now.
-    logits_indices: int64 [S] on the device, the flat token each of those samples from.
+    rows, counts: int64 [R], each request's row and number of tokens; starts: int32 [R + 1], its first flat token.
+    input_ids, positions: int64 [T]. sampling: int64 [S], indices into rows of the requests whose last token is
+    computed now; request_ids: theirs; logits_indices: int64 [S] on the device, the flat token each samples from.
     """
 
     rows: np.ndarray
@@ -26,11 +26,17 @@ class StepInput:
     positions: torch.Tensor
     metadata: AttentionMetadata
     sampling: np.ndarray
+    request_ids: list[str]
     logits_indices: torch.Tensor
+    sampling_rows: torch.Tensor  # int64 [S] on the device: rows[sampling]
 
 
 class InputBatch:
-    """Rows are stable: a request keeps its row until it is removed, so a step only changes what differs."""
+    """Rows are stable: a request keeps its row until it is removed, so a step only changes what differs.
+
+    A sampled token stays on the device (`last_token`) and is the next step's input there, so that the next
+    step can be prepared before the host knows the token.
+    """
 
     def __init__(
         self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device
@@ -43,7 +49,9 @@ class InputBatch:
         self.tokens = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self.block_table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
-        self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # pending ones included
+        self.num_known = np.zeros(max_num_seqs, dtype=np.int64)  # tokens whose value is in `tokens`
+        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.num_computed = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_prompt = np.zeros(max_num_seqs, dtype=np.int64)
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
@@ -58,7 +66,7 @@ class InputBatch:
         self.request_ids[row] = request.request_id
         count = len(request.token_ids)
         self.tokens[row, :count] = request.token_ids
-        self.num_tokens[row] = count
+        self.num_tokens[row] = self.num_known[row] = count
         self.num_prompt[row] = request.num_prompt_tokens
         self.num_computed[row] = request.num_computed_tokens
         self.num_blocks[row] = 0
@@ -100,14 +108,35 @@ class InputBatch:
             token_rows = rows[table_rows]
             positions = np.arange(starts[-1]) - (starts[:-1].astype(np.int64) - computed)[table_rows]
         input_ids = self.tokens[token_rows, positions].astype(np.int64)
+        pending = np.flatnonzero(positions >= self.num_known[token_rows])
         blocks, offsets = np.divmod(positions, self.block_size)
         slots = table[table_rows, blocks].astype(np.int64) * self.block_size + offsets
         sampling = np.flatnonzero(seq_lens == self.num_tokens[rows])
+        sampling_rows = rows[sampling]
+        on_device = self._to_device(
+            [
+                input_ids,
+                positions,
+                slots,
+                starts[1:][sampling].astype(np.int64) - 1,
+                sampling_rows,
+                pending,
+                token_rows[pending],
+                starts,
+                seq_lens.astype(np.int32),
+                table,
+            ]
+        )
+        ids, positions_d, slots_d, logits_indices, sampling_rows_d, pending_d, pending_rows, starts_d, lens, table_d = (
+            on_device
+        )
+        if len(pending):
+            ids[pending_d] = self.last_token[pending_rows]
         metadata = AttentionMetadata(
-            query_start_loc=self._to_device(starts),
-            seq_lens=self._to_device(seq_lens.astype(np.int32)),
-            block_table=self._to_device(table),
-            slot_mapping=self._to_device(slots),
+            query_start_loc=starts_d,
+            seq_lens=lens,
+            block_table=table_d,
+            slot_mapping=slots_d,
             num_decodes=num_decodes,
             max_query_len=int(counts.max()),
             max_seq_len=int(seq_lens.max()),
@@ -116,22 +145,45 @@ class InputBatch:
             rows=rows,
             counts=counts,
             starts=starts,
-            input_ids=self._to_device(input_ids),
-            positions=self._to_device(positions),
+            input_ids=ids,
+            positions=positions_d,
             metadata=metadata,
             sampling=sampling,
-            logits_indices=self._to_device(starts[1:][sampling].astype(np.int64) - 1),
+            request_ids=[self.request_ids[row] for row in sampling_rows.tolist()],
+            logits_indices=logits_indices,
+            sampling_rows=sampling_rows_d,
         )
 
-    def commit(self, step: StepInput, sampled: np.ndarray) -> None:
-        """Advance after a step; sampled: int64 [S], one token for each of step.sampling."""
+    def advance(self, step: StepInput, sampled: torch.Tensor | None) -> None:
+        """Count a step as done; sampled: int64 [S] on the device, one token for each of step.sampling."""
         self.num_computed[step.rows] += step.counts
-        rows = step.rows[step.sampling]
-        self.tokens[rows, self.num_tokens[rows]] = sampled
-        self.num_tokens[rows] += 1
+        if sampled is not None:
+            self.last_token[step.sampling_rows] = sampled
+            self.num_tokens[step.rows[step.sampling]] += 1
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
+    def learn(self, step: StepInput, sampled: np.ndarray) -> None:
+        """Take in the values of a step's tokens, for rows that still belong to the same request."""
+        rows = step.rows[step.sampling]
+        same = np.fromiter(
+            (self.request_ids[row] == name for row, name in zip(rows.tolist(), step.request_ids, strict=True)),
+            dtype=bool,
+            count=len(rows),
+        )
+        rows = rows[same]
+        self.tokens[rows, self.num_known[rows]] = sampled[same]
+        self.num_known[rows] += 1
+
+    def _to_device(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
+        """All arrays in one asynchronous copy; on a CPU they are shared, not copied."""
         if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+            return [torch.from_numpy(a) for a in arrays]
+        offsets = np.cumsum([0, *(-(-a.nbytes // 16) * 16 for a in arrays)]).tolist()
+        staging = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=True)
+        flat = staging.numpy()
+        for array, offset in zip(arrays, offsets, strict=False):
+            flat[offset : offset + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        moved = staging.to(self.device, non_blocking=True)
+        return [
+            moved[offset : offset + a.nbytes].view(torch.from_numpy(a[:0]).dtype).view(a.shape)
+            for a, offset in zip(arrays, offsets, strict=False)
+        ]

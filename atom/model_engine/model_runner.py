@@ -1,23 +1,24 @@
 """One worker on one device: loads the model, sizes the cache, runs steps."""
 
 import time
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from atom.config import Config
 from atom.forward_context import ForwardContext, set_forward_context
 from atom.layers.attention.layer import Attention
 from atom.layers.build import BuildContext
-from atom.layers.sampler import Sampler
+from atom.layers.sampler import Sampler, SamplerOutput
 from atom.model_engine import kv_cache
 from atom.model_engine.input_batch import InputBatch, StepInput
 from atom.model_engine.profiler import Profiler
 from atom.model_engine.prompt_logprobs import PromptLogprobs
-from atom.model_engine.protocol import ModelOutput, ScheduledBatch
+from atom.model_engine.protocol import ModelOutput, ScheduledBatch, TokenLogprobs
 from atom.model_engine.sampling import SamplingState, to_token_logprobs, worst_case_metadata
 from atom.model_loader.loader import load_model
 from atom.platforms import select_platform
+from atom.sampling_params import SamplingParams
 from atom.utils import envs
 from atom.utils.logging import get_logger
 
@@ -25,7 +26,7 @@ logger = get_logger(__name__)
 
 
 class ModelRunner:
-    """Driven by an executor: `initialize` once, then `execute` a step at a time."""
+    """Driven by an executor: `initialize` once, then `submit` a step at a time."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -121,22 +122,59 @@ class ModelRunner:
         )
         return num_blocks, plan
 
+    @property
+    def max_in_flight(self) -> int:
+        """On a GPU the host prepares the next step while the device runs this one."""
+        return 1 if self.platform.device_type == "cpu" else 2
+
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> ModelOutput:
-        """Run one step: update rows, compute the scheduled tokens, sample where a sequence is complete."""
+    def submit(self, batch: ScheduledBatch) -> Callable[[], ModelOutput]:
+        """Start one step: update rows, compute the scheduled tokens, sample where a sequence is complete.
+
+        The result waits for the device; nothing before it does.
+        """
         self._update_rows(batch)
         step = self.batch.prepare(batch)
         with set_forward_context(ForwardContext(step.metadata, self.layers)):
             hidden = self.model(step.input_ids, step.positions)
-        output = ModelOutput(sampled_token_ids={})
-        self._collect_prompt_logprobs(step, hidden)
-        sampled = np.empty(0, dtype=np.int64)
-        if len(step.sampling):
-            if len(step.sampling) != len(hidden):
-                hidden = hidden[step.logits_indices]
-            sampled = self._sample(step, self.model.compute_logits(hidden), output)
-        self.batch.commit(step, sampled)
-        return output
+        prompt_logprobs = self._collect_prompt_logprobs(step, hidden)
+        if not len(step.sampling):
+            self.batch.advance(step, None)
+            return lambda: ModelOutput(sampled_token_ids={})
+        if len(step.sampling) != len(hidden):
+            hidden = hidden[step.logits_indices]
+        rows = step.rows[step.sampling]
+        sampled = self.sampler(self.model.compute_logits(hidden), self.sampling.build(rows))
+        self.sampling.append(rows, sampled.token_ids)
+        self.batch.advance(step, sampled.token_ids)
+        wanted = [self._params(row).logprobs for row in rows.tolist()] if sampled.logprobs is not None else None
+        on_host = self.platform.copy_to_host(
+            [sampled.token_ids, sampled.logprob_token_ids, sampled.logprobs, sampled.ranks]
+        )
+
+        def result() -> ModelOutput:
+            token_ids, logprob_ids, logprobs, ranks = on_host()
+            assert token_ids is not None
+            self.batch.learn(step, token_ids.numpy())
+            output = ModelOutput(
+                sampled_token_ids={
+                    name: [token] for name, token in zip(step.request_ids, token_ids.tolist(), strict=True)
+                },
+                prompt_logprobs=prompt_logprobs,
+            )
+            if wanted is not None:
+                entries = to_token_logprobs(
+                    SamplerOutput(
+                        token_ids=token_ids, logprob_token_ids=logprob_ids, logprobs=logprobs, ranks=ranks
+                    ),
+                    wanted,
+                )
+                for name, entry in zip(step.request_ids, entries, strict=True):
+                    if entry is not None:
+                        output.logprobs[name] = [entry]
+            return output
+
+        return result
 
     def start_profile(self) -> None:
         self.profiler.start()
@@ -164,50 +202,33 @@ class ModelRunner:
             if cached.new_block_ids:
                 self.batch.append_blocks(self.batch.row_of[cached.request_id], cached.new_block_ids)
 
-    def _sample(self, step: StepInput, logits: torch.Tensor, output: ModelOutput) -> np.ndarray:
-        rows = step.rows[step.sampling]
-        result = self.sampler(logits, self.sampling.build(rows))
-        token_ids = result.token_ids.cpu().numpy()
-        self.sampling.append(rows, token_ids)
-        request_ids = self.batch.request_ids
-        for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
-            output.sampled_token_ids[request_ids[row]] = [token]
-        if result.logprobs is not None:
-            wanted = []
-            for row in rows.tolist():
-                params = self.batch.params[row]
-                assert params is not None
-                wanted.append(params.logprobs)
-            for row, entry in zip(rows.tolist(), to_token_logprobs(result, wanted), strict=True):
-                if entry is not None:
-                    output.logprobs[request_ids[row]] = [entry]
-        # Only with the first token; a resumed request has delivered them already.
-        for row in self._prompt_logprob_rows.intersection(rows.tolist()):
-            if self.batch.num_tokens[row] == self.batch.num_prompt[row]:
-                output.prompt_logprobs[request_ids[row]] = self.prompt_logprobs.take(request_ids[row])
-        return token_ids
+    def _params(self, row: int) -> SamplingParams:
+        params = self.batch.params[row]
+        assert params is not None
+        return params
 
-    def _collect_prompt_logprobs(self, step: StepInput, hidden: torch.Tensor) -> None:
+    def _collect_prompt_logprobs(self, step: StepInput, hidden: torch.Tensor) -> dict[str, list[TokenLogprobs]]:
+        """Add this step's chunks; the finished lists of requests that sample their first token now."""
+        finished: dict[str, list[TokenLogprobs]] = {}
         if not self._prompt_logprob_rows:
-            return
+            return finished
         for i, row in enumerate(step.rows.tolist()):
             if row not in self._prompt_logprob_rows:
                 continue
-            params = self.batch.params[row]
-            assert params is not None
-            assert params.prompt_logprobs is not None
+            num = self._params(row).prompt_logprobs
+            assert num is not None
+            request_id = self.batch.request_ids[row]
+            num_prompt = int(self.batch.num_prompt[row])
             first = int(self.batch.num_computed[row])
-            end = min(first + int(step.counts[i]), int(self.batch.num_prompt[row]) - 1)
-            if first >= end:
-                continue
-            flat = int(step.starts[i])
-            self.prompt_logprobs.add_chunk(
-                self.batch.request_ids[row],
-                hidden[flat : flat + end - first],
-                first,
-                self.batch.tokens[row, first + 1 : end + 1].tolist(),
-                params.prompt_logprobs,
-            )
+            end = first + int(step.counts[i])
+            flat, last = int(step.starts[i]), min(end, num_prompt - 1)
+            if first < last:
+                following = self.batch.tokens[row, first + 1 : last + 1].tolist()
+                self.prompt_logprobs.add_chunk(request_id, hidden[flat : flat + last - first], first, following, num)
+            # A resumed request has delivered them already.
+            if end == num_prompt == self.batch.num_tokens[row]:
+                finished[request_id] = self.prompt_logprobs.take(request_id)
+        return finished
 
     @torch.inference_mode()
     def _profile_run(self) -> int:

@@ -4,11 +4,17 @@ The scheduler counts tokens, not phases: a step gives each request some of its n
 tokens within `max_num_batched_tokens`. Decodes go first, so that a long prompt never starves them;
 chunks of prompts fill what is left. When blocks run out, the request served last is preempted: its
 blocks are freed and it is computed again later (recompute).
+
+Steps may overlap: `schedule` may be called again before `update` has seen the last step's tokens. It then
+counts on one more token for each request that samples, and plans no further than a request can go. What
+only the tokens tell (a stop token) takes effect one step late, and the surplus token is dropped. Steps
+must execute in the order they were scheduled.
 """
 
 import bisect
 import heapq
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,8 +40,17 @@ class SchedulerLimits:
     delay_factor: float = 0.0
 
 
+@dataclass(slots=True)
+class _Step:
+    """A scheduled batch that `update` has not seen yet; the sequences, as ids may be used anew."""
+
+    sequences: list[Sequence]
+    started: float
+    has_prefill: bool
+
+
 class Scheduler:
-    """Policy only: no tensors, no I/O. `schedule` and `update` alternate."""
+    """Policy only: no tensors, no I/O. Every scheduled batch is given back to `update`, in order."""
 
     def __init__(
         self, limits: SchedulerLimits, block_manager: BlockManager, clock: Callable[[], float] = time.monotonic
@@ -52,7 +67,7 @@ class Scheduler:
         self._order = 0
         self._waiting_since: dict[str, float] = {}
         self._last_prefill_seconds = 0.0
-        self._step_started: tuple[float, bool] | None = None  # (time, contains a prefill)
+        self._in_flight: deque[_Step] = deque()
 
     @property
     def num_running(self) -> int:
@@ -86,14 +101,16 @@ class Scheduler:
         removed, self._removed = self._removed, []
         budget = self.limits.max_num_batched_tokens
         scheduled: dict[str, int] = {}
+        sequences: dict[str, Sequence] = {}
         new: list[NewRequest] = []
         cached: list[CachedRequest] = []
         preempted = False
         has_prefill = False
 
         # Decodes before chunks of prompts, each in order of service.
-        decoding = [s for s in self._running if s.num_uncomputed_tokens == 1]
-        prefilling = [s for s in self._running if s.num_uncomputed_tokens > 1]
+        going_on = [s for s in self._running if not self._will_end(s)]
+        decoding = [s for s in going_on if s.num_uncomputed_tokens == 1]
+        prefilling = [s for s in going_on if s.num_uncomputed_tokens > 1]
         for seq in decoding + prefilling:
             if budget == 0:
                 break
@@ -105,8 +122,9 @@ class Scheduler:
                 victim = self._running[-1]
                 self._preempt(victim)
                 preempted = True
-                budget += scheduled.pop(victim.request_id, 0)
-                cached = [c for c in cached if c.request_id != victim.request_id]
+                if sequences.pop(victim.request_id, None) is not None:
+                    budget += scheduled.pop(victim.request_id)
+                    cached = [c for c in cached if c.request_id != victim.request_id]
                 if victim is seq:
                     break
                 new_blocks = self.blocks.grow(seq, seq.num_computed_tokens + count)
@@ -118,6 +136,7 @@ class Scheduler:
                 )
             )
             scheduled[seq.request_id] = count
+            sequences[seq.request_id] = seq
             budget -= count
             has_prefill = has_prefill or count > 1
 
@@ -150,6 +169,7 @@ class Scheduler:
                 )
             )
             scheduled[seq.request_id] = count
+            sequences[seq.request_id] = seq
             budget -= count
             has_prefill = True
 
@@ -158,7 +178,11 @@ class Scheduler:
         if not scheduled:
             self._removed = removed
             return None
-        self._step_started = (self._clock(), has_prefill)
+        for request_id, seq in sequences.items():
+            seq.num_computed_tokens += scheduled[request_id]
+            if seq.num_uncomputed_tokens == 0:
+                seq.num_pending_tokens += 1
+        self._in_flight.append(_Step(list(sequences.values()), self._clock(), has_prefill))
         return ScheduledBatch(
             new_requests=new,
             cached_requests=cached,
@@ -168,48 +192,28 @@ class Scheduler:
         )
 
     def update(self, batch: ScheduledBatch, output: ModelOutput) -> list[EngineOutput]:
-        """Take in what a step computed: append, finish, free."""
-        if self._step_started is not None and self._step_started[1]:
-            self._last_prefill_seconds = self._clock() - self._step_started[0]
-        self._step_started = None
+        """Take in what the oldest scheduled step computed: append, finish, free."""
+        step = self._in_flight.popleft()
+        if step.has_prefill:
+            self._last_prefill_seconds = self._clock() - step.started
         results: list[EngineOutput] = []
-        finished = False
-        for request_id, count in batch.num_scheduled_tokens.items():
-            seq = self._sequences.get(request_id)
-            if seq is None or seq.status is not SequenceStatus.RUNNING:
-                continue  # aborted while the step ran
+        for seq in step.sequences:
+            if seq.status is SequenceStatus.FINISHED:
+                continue  # ended or aborted while the step ran
+            request_id = seq.request_id
             error = output.errors.get(request_id)
             if error is not None:
                 results.append(
                     EngineOutput(request_id=request_id, new_token_ids=[], finish_reason="error", error=error)
                 )
-                self._release(seq)
-                finished = True
+                self._finish(seq)
                 continue
-            seq.num_computed_tokens += count
-            self.blocks.register_computed(seq)
             sampled = output.sampled_token_ids.get(request_id)
-            prompt_logprobs = output.prompt_logprobs.get(request_id)
-            if not sampled:
-                continue
-            taken, reason, stop_reason = self._append(seq, sampled)
-            logprobs = output.logprobs.get(request_id)
-            results.append(
-                EngineOutput(
-                    request_id=request_id,
-                    new_token_ids=taken,
-                    finish_reason=reason,
-                    stop_reason=stop_reason,
-                    new_logprobs=logprobs[: len(taken)] if logprobs is not None else None,
-                    prompt_logprobs=prompt_logprobs,
-                    num_cached_tokens=seq.num_cached_tokens,
-                )
-            )
-            if reason is not None:
-                self._release(seq)
-                finished = True
-        if finished:
-            self._running = [s for s in self._running if s.status is SequenceStatus.RUNNING]
+            if sampled:
+                seq.num_pending_tokens -= 1
+                results.append(self._take_tokens(seq, sampled, output))
+            if seq.status is SequenceStatus.RUNNING:
+                self.blocks.register_computed(seq)
         return results
 
     def check(self) -> None:
@@ -220,20 +224,48 @@ class Scheduler:
         assert len(self._running) + self._num_waiting == len(self._sequences)
         self.blocks.check(self._running)
 
+    def _take_tokens(self, seq: Sequence, sampled: list[int], output: ModelOutput) -> EngineOutput:
+        taken, reason, stop_reason = self._append(seq, sampled)
+        logprobs = output.logprobs.get(seq.request_id)
+        if reason is not None:
+            self.blocks.register_computed(seq)
+            self._finish(seq)
+        return EngineOutput(
+            request_id=seq.request_id,
+            new_token_ids=taken,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            new_logprobs=logprobs[: len(taken)] if logprobs is not None else None,
+            prompt_logprobs=output.prompt_logprobs.get(seq.request_id),
+            num_cached_tokens=seq.num_cached_tokens,
+        )
+
     def _append(self, seq: Sequence, sampled: list[int]) -> tuple[list[int], str | None, int | None]:
         """Append tokens up to the one that ends the request: (taken, finish reason, stop token)."""
         params = seq.params
         for i, token in enumerate(sampled, start=1):
             seq.token_ids.append(token)
-            num_output = seq.num_output_tokens
+            num_known = len(seq.token_ids)
+            num_output = num_known - seq.num_prompt_tokens
             if token in seq.stop_token_ids and num_output >= params.min_tokens:
                 return sampled[:i], "stop", token
-            if num_output >= params.max_tokens or seq.num_tokens >= self.limits.max_model_len:
+            if num_output >= params.max_tokens or num_known >= self.limits.max_model_len:
                 return sampled[:i], "length", None
         return sampled, None, None
 
+    def _will_end(self, seq: Sequence) -> bool:
+        """Whether the tokens still on their way are the last ones it can have."""
+        return seq.num_pending_tokens > 0 and (
+            seq.num_output_tokens >= seq.params.max_tokens or seq.num_tokens >= self.limits.max_model_len
+        )
+
     def _may_admit(self, seq: Sequence) -> bool:
-        """With a delay factor f, a prompt waits while others run until f x the last prefill's duration is over."""
+        """With a delay factor f, a prompt waits while others run until f x the last prefill's duration is over.
+
+        A preempted request waits until its pending tokens are known: they are part of what is recomputed.
+        """
+        if seq.num_pending_tokens:
+            return False
         if self.limits.delay_factor <= 0 or not self._running:
             return True
         waited = self._clock() - self._waiting_since[seq.request_id]
@@ -252,17 +284,13 @@ class Scheduler:
     def _finish(self, seq: Sequence) -> None:
         if seq.status is SequenceStatus.RUNNING:
             self._running.remove(seq)
+            self._removed.append(seq.request_id)
+            self.blocks.free(seq)
         else:
             self._num_waiting -= 1  # its heap entry is skipped when it comes up
-        self._release(seq)
-
-    def _release(self, seq: Sequence) -> None:
-        if seq.status is SequenceStatus.RUNNING:
-            self._removed.append(seq.request_id)
-        self.blocks.free(seq)
         seq.status = SequenceStatus.FINISHED
         del self._sequences[seq.request_id]
-        self._waiting_since.pop(seq.request_id, None)
+        del self._waiting_since[seq.request_id]
 
     def _insert_running(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING

@@ -14,8 +14,9 @@ class SequenceStatus(enum.Enum):
 class Sequence:
     """Mutable scheduling state; no tensors.
 
-    num_computed_tokens counts tokens whose keys and values are in the cache; the sequence decodes
-    when just its last token is left to compute, and prefills while more are.
+    num_computed_tokens counts tokens whose keys and values are in the cache, or will be by a step already
+    scheduled; the sequence decodes when just its last token is left to compute, and prefills while more are.
+    num_pending_tokens were sampled, or will be by such a step, but are not known here yet.
     """
 
     __slots__ = (
@@ -23,6 +24,7 @@ class Sequence:
         "block_ids",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_registered_blocks",
@@ -43,6 +45,7 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
         self.num_cached_tokens = 0  # of the first prefill, as reported to the user
         self.num_preemptions = 0
         self.block_ids: list[int] = []
@@ -53,15 +56,15 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def sort_key(self) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The interface every platform fulfils."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -35,3 +36,8 @@ class Platform(ABC):
     def peak_memory(self) -> int:
         """Bytes allocated at the highest point since `reset_peak_memory`, beyond those then; 0 = not measured."""
         return 0
+
+    def copy_to_host(self, tensors: Sequence[torch.Tensor | None]) -> Callable[[], list[torch.Tensor | None]]:
+        """Start copying; the call returned waits for the copies and hands them out."""
+        copies = list(tensors)
+        return lambda: copies

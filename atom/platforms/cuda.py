@@ -1,5 +1,7 @@
 """NVIDIA GPUs."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from atom.platforms.base import Platform
@@ -32,3 +34,15 @@ class CudaPlatform(Platform):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.max_memory_allocated() - self._allocated_before
+
+    def copy_to_host(self, tensors: Sequence[torch.Tensor | None]) -> Callable[[], list[torch.Tensor | None]]:
+        # The caching host allocator makes `to` non-blocking into pinned memory; the event marks its end.
+        copies = [None if t is None else t.to("cpu", non_blocking=True) for t in tensors]
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> list[torch.Tensor | None]:
+            done.synchronize()
+            return copies
+
+        return wait

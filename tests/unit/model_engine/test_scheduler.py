@@ -1,3 +1,5 @@
+from collections import deque
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -7,14 +9,17 @@ from scheduling import FakeWorker, make_request, make_scheduler, reference_outpu
 from atom.model_engine.protocol import ModelOutput
 
 
-def run(scheduler, worker, max_steps=1000):
+def run(scheduler, worker, max_steps=1000, depth=1):
+    """depth: how many steps are scheduled before the first one's tokens are known."""
     outputs: dict[str, list[int]] = {}
     reasons: dict[str, str] = {}
+    in_flight = deque()
     for _ in range(max_steps):
-        batch = scheduler.schedule()
-        if batch is None:
+        while len(in_flight) < depth and (batch := scheduler.schedule()) is not None:
+            in_flight.append((batch, worker.execute(batch)))
+        if not in_flight:
             break
-        for out in scheduler.update(batch, worker.execute(batch)):
+        for out in scheduler.update(*in_flight.popleft()):
             outputs.setdefault(out.request_id, []).extend(out.new_token_ids)
             if out.finish_reason:
                 reasons[out.request_id] = out.finish_reason
@@ -160,20 +165,21 @@ def test_reset_prefix_cache_only_when_idle():
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize("prefix", [False, True])
-def test_many_requests_give_the_tokens_each_gives_alone(block_size, prefix):
+@pytest.mark.parametrize("depth", [1, 2])
+def test_many_requests_give_the_tokens_each_gives_alone(block_size, prefix, depth):
     num_blocks = 80 // block_size
     scheduler = make_scheduler(num_blocks, block_size, prefix=prefix, budget=13, max_model_len=num_blocks * block_size)
     prompts = {f"r{i}": [7] * (i % 9) + [i] * (1 + i % 11) for i in range(30)}
     for name, prompt in prompts.items():
         scheduler.add(make_request(name, prompt, 12))
-    outputs, _ = run(scheduler, FakeWorker(block_size, num_blocks))
+    outputs, _ = run(scheduler, FakeWorker(block_size, num_blocks), depth=depth)
     assert outputs == {name: reference_output(prompt, 12) for name, prompt in prompts.items()}
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random add, step, abort and (through a tiny cache) preempt sequences."""
+    """Random add, abort and (through a tiny cache) preempt sequences, with up to DEPTH steps under way."""
 
-    BLOCKS, SIZE = 9, 3
+    BLOCKS, SIZE, DEPTH = 9, 3, 2
 
     def __init__(self):
         super().__init__()
@@ -184,6 +190,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live: dict[str, tuple[list[int], int]] = {}
         self.outputs: dict[str, list[int]] = {}
         self.count = 0
+        self.in_flight = deque()
 
     @rule(
         length=st.integers(1, 20),
@@ -202,14 +209,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.add(make_request(name, prompt, max_tokens, salt=salt, priority=priority))
 
     @rule()
-    def step(self):
+    def schedule(self):
+        if len(self.in_flight) == self.DEPTH:
+            return
         batch = self.scheduler.schedule()
         if batch is None:
-            assert not self.live, "nothing is scheduled though requests wait"
+            assert self.in_flight or not self.live, "nothing is scheduled though requests wait"
             return
         assert 0 < batch.total_tokens <= 7
         assert sum(batch.num_scheduled_tokens.values()) == batch.total_tokens
-        self._take(self.scheduler.update(batch, self.worker.execute(batch)))
+        self.in_flight.append((batch, self.worker.execute(batch)))
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def update(self):
+        self._take(self.scheduler.update(*self.in_flight.popleft()))
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -217,17 +231,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.live)))
         assert self.scheduler.abort(name)
         del self.live[name]
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def abort_while_the_step_runs(self, data):
-        batch = self.scheduler.schedule()
-        assert batch is not None
-        name = data.draw(st.sampled_from(sorted(self.live)))
-        output = self.worker.execute(batch)
-        self.scheduler.abort(name)
-        del self.live[name]
-        self._take(self.scheduler.update(batch, output))
 
     def _take(self, results):
         for out in results:
@@ -245,7 +248,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(2000):
             if not self.live:
                 break
-            self.step()
+            self.schedule()
+            if self.in_flight:
+                self.update()
         assert not self.live, "a request never ends"
         assert self.scheduler.blocks.num_free_blocks == self.BLOCKS
 
