@@ -1,5 +1,6 @@
 """What a user gets back for a request."""
 
+import time
 from dataclasses import dataclass
 
 
@@ -78,3 +79,11 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+
+
+_CLOCK_OFFSET = time.time() - time.monotonic()
+
+
+def unix_time() -> float:
+    """Seconds since 1970 by a clock that never jumps, so that differences are durations."""
+    return time.monotonic() + _CLOCK_OFFSET
