@@ -239,7 +239,8 @@ class _Answer:
         return True
 
     def _add_logprobs(self, position: TokenLogprobs) -> None:
-        assert self.logprobs is not None and self.cumulative_logprob is not None
+        assert self.logprobs is not None
+        assert self.cumulative_logprob is not None
         limit = self.request.processed.sampling_params.logprobs or 0
         self.logprobs.append(self.request.position_logprobs(position, limit))
         self.cumulative_logprob += position.logprobs[0]

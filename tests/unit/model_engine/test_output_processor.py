@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from atom.model_engine.detokenizer import DetokenizerFactory
+from atom.model_engine.detokenizer import DetokenizerFactory, _byte_alphabet
 from atom.model_engine.input_processor import InputProcessor
 from atom.model_engine.output_processor import OutputKind, OutputProcessor
 from atom.model_engine.protocol import EngineOutput, TokenLogprobs
@@ -16,9 +16,7 @@ END = 256
 
 
 def byte_tokenizer():
-    from atom.model_engine.detokenizer import _byte_alphabet
-
-    vocab = {char: byte for char, byte in _byte_alphabet().items()} | {"<end>": END}
+    vocab = _byte_alphabet() | {"<end>": END}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<end>"])
@@ -127,7 +125,7 @@ def test_deltas_add_up_and_never_show_a_stop_string(parts, stops):
     for kind in OutputKind:
         harness.add(kind.value, kind=kind, stop_strings=stops)
     shown, totals = "", []
-    for i, part in enumerate(parts + [""]):
+    for i, part in enumerate([*parts, ""]):
         reason = "length" if i == len(parts) else None
         for o in harness.step(*(out(part, k.value, finish_reason=reason) for k in OutputKind)).request_outputs:
             if o.request_id == "delta":
