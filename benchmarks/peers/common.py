@@ -1,0 +1,81 @@
+"""What every runner shares: the command line, the timing loop, the result line. Standard library only.
+
+A runner is a script with an `Engine` class (constructor: the parsed arguments and the job's options; method
+`generate(prompts, max_tokens) -> list of token id lists`, greedy, EOS ignored) that calls `run(Engine)`. It
+prints its result as one JSON object on the last line, so that each engine can live in an environment of its own.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any, Protocol
+
+RESULT_MARK = "RESULT "
+
+
+class Engine(Protocol):
+    version: str
+
+    def __init__(self, job: "Job") -> None: ...
+
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]: ...
+
+
+class Job:
+    """One measurement: a model, a workload and an engine's options."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.model: str = spec["model"]
+        self.gguf: str = spec["gguf"]
+        self.prompts: list[list[int]] = spec["prompts"]
+        self.max_tokens: int = spec["max_tokens"]
+        self.repeats: int = spec["repeats"]
+        self.options: dict[str, Any] = spec["options"]
+        self.single_stream = len(self.prompts) == 1
+        self.num_threads = len(os.sched_getaffinity(0))
+
+
+def timed(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tuple[float, list[list[int]]]:
+    start = time.perf_counter()
+    outputs = engine.generate(prompts, max_tokens)
+    seconds = time.perf_counter() - start
+    lengths = {len(tokens) for tokens in outputs}
+    if len(outputs) != len(prompts) or lengths != {max_tokens}:
+        raise RuntimeError(f"expected {len(prompts)} outputs of {max_tokens} tokens, got {len(outputs)} of {lengths}")
+    return seconds, outputs
+
+
+def measure(engine: Engine, job: Job) -> dict[str, Any]:
+    """Output tokens per second, once per repeat, after one warm-up run.
+
+    Batched: all output tokens over the whole time. Single stream: the decode rate alone, that is the tokens after
+    the first over the time they add to a run that stops at the first.
+    """
+    _, outputs = timed(engine, job.prompts, job.max_tokens)
+    rates = []
+    if job.single_stream:
+        first = statistics.median(timed(engine, job.prompts, 1)[0] for _ in range(job.repeats))
+        for _ in range(job.repeats):
+            seconds, outputs = timed(engine, job.prompts, job.max_tokens)
+            rates.append((job.max_tokens - 1) / (seconds - first))
+    else:
+        for _ in range(job.repeats):
+            seconds, outputs = timed(engine, job.prompts, job.max_tokens)
+            rates.append(len(job.prompts) * job.max_tokens / seconds)
+    return {"rates": rates, "version": engine.version, "first_tokens": [tokens[0] for tokens in outputs]}
+
+
+def run(engine_class: type[Engine]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("job", help="JSON file written by cpu_peers.py")
+    with open(parser.parse_args().job) as file:
+        job = Job(json.load(file))
+    engine = engine_class(job)
+    result = measure(engine, job)
+    print("\n" + RESULT_MARK + json.dumps(result))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # engines with worker processes or native threads may hang or complain on the way out
