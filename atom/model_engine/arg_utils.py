@@ -102,11 +102,11 @@ class EngineArgs(StrictConfig):
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> "EngineArgs":
         """From a namespace of a parser that had add_cli_args; other attributes are left alone."""
-        given = getattr(args, _GIVEN, None)
+        given = getattr(args, _GIVEN, ())
         values = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
-        if given is None:  # a namespace made by hand: what differs from the default was chosen
-            given = {f.name for f in fields(cls) if f.name in values and values[f.name] != f.default}
-        return cls(**{name: value for name, value in values.items() if name in given})
+        # What differs from the default was chosen as well: by a command's own defaults, or by hand.
+        chosen = {f.name for f in fields(cls) if f.name in values and values[f.name] != f.default}.union(given)
+        return cls(**{name: value for name, value in values.items() if name in chosen})
 
     def create_config(self) -> Config:
         """The checked and completed Config; ConfigError or ModelLoadError."""
