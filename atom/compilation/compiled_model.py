@@ -1,0 +1,137 @@
+"""The compilation levels: from a model to something that is called like it and runs compiled pieces."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from atom.compilation.cache import CompilationCache
+from atom.compilation.inductor import Compiled, compile_piece, load_piece
+from atom.compilation.plan import Piece, Plan, make_plan
+from atom.compilation.trace import tensor_at, trace_model
+from atom.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+# Wraps a compiled piece in something that captures and replays it, see cuda_graph.py.
+PieceWrapper = Callable[[Compiled, bool], Compiled]
+
+
+class CompiledModel:
+    """Runs a plan: forward(input_ids [T], positions [T]) -> hidden [T, H], like the model it was made from."""
+
+    def __init__(self, model: nn.Module, plan: Plan, pieces: dict[str, dict[int | None, Compiled]]) -> None:
+        self._registers: list[Any] = [None] * plan.num_registers
+        self._output = plan.output
+        self._ids: list[int] = []
+        self._positions: list[int] = []
+        self._num_tokens: list[int] = []
+        slots = {"input_ids": self._ids, "positions": self._positions, "num_tokens": self._num_tokens}
+        for register, what in plan.inputs:
+            if what in slots:
+                slots[what].append(register)
+            else:
+                self._registers[register] = tensor_at(model, what)
+        self._steps = [
+            (_resolve(step.piece, step.op, pieces), step.inputs, step.outputs, step.dead, sorted(step.constants))
+            for step in plan.steps
+        ]
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        registers = self._registers.copy()
+        num_tokens = input_ids.shape[0]
+        for slots, value in ((self._ids, input_ids), (self._positions, positions), (self._num_tokens, num_tokens)):
+            for register in slots:
+                registers[register] = value
+        for by_size, inputs, outputs, dead, constants in self._steps:
+            args = [registers[i] for i in inputs]
+            for index, value in constants:
+                args.insert(index, value)
+            call = by_size.get(num_tokens) or by_size[None]
+            results = call(*args)
+            for register, result in zip(outputs, results or (), strict=True):
+                registers[register] = result
+            for register in dead:
+                registers[register] = None
+        return registers[self._output]
+
+
+def compile_model(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    splitting_ops: list[str],
+    sizes: list[int],
+    use_inductor: bool,
+    inductor_options: dict[str, Any],
+    cache: CompilationCache | None,
+    debug_dump: str = "",
+) -> CompiledModel:
+    """Trace once, split, compile each distinct piece; or, with a good cache, just load what was compiled.
+
+    sizes: numbers of tokens to compile for exactly, beside the general code. Raises CompilationError.
+    """
+    started = time.perf_counter()
+    if cache is not None and use_inductor:
+        loaded = _load(model, cache)
+        if loaded is not None:
+            logger.info("compiled model loaded from %s in %.1f s", cache.directory, time.perf_counter() - started)
+            return loaded
+    plan, pieces = make_plan(trace_model(model, device), splitting_ops)
+    logger.info(
+        "traced in %.1f s: %d calls of %d distinct pieces", time.perf_counter() - started, len(plan.steps), len(pieces)
+    )
+    if debug_dump:
+        _dump(Path(debug_dump), plan, pieces)
+    if not use_inductor:
+        return CompiledModel(model, plan, {key: {None: piece.graph} for key, piece in pieces.items()})
+    building = cache.start() if cache is not None else None
+    compiled: dict[str, dict[int | None, Compiled]] = {}
+    for number, (key, piece) in enumerate(pieces.items(), start=1):
+        piece_started = time.perf_counter()
+        compiled[key] = {}
+        for size in [None, *sizes]:
+            path = None if building is None else str(building / f"{key}.{size or 'any'}.bin")
+            compiled[key][size] = compile_piece(piece, size, inductor_options, path)
+        logger.info(
+            "compiled piece %d of %d (%s) in %.1f s", number, len(pieces), key, time.perf_counter() - piece_started
+        )
+    if cache is not None and building is not None:
+        cache.finish(building, plan)
+    return CompiledModel(model, plan, compiled)
+
+
+def _load(model: nn.Module, cache: CompilationCache) -> CompiledModel | None:
+    manifest = cache.load()
+    if manifest is None:
+        return None
+    pieces: dict[str, dict[int | None, Compiled]] = {}
+    try:
+        for name in manifest.files:
+            key, size, _ = name.split(".")
+            pieces.setdefault(key, {})[None if size == "any" else int(size)] = load_piece(str(cache.directory / name))
+        return CompiledModel(model, manifest.plan, pieces)
+    except Exception as error:  # torch raises what it likes for an artifact of another build
+        logger.warning("compilation cache %s does not load and will be rebuilt: %s", cache.directory, error)
+        return None
+
+
+def _resolve(piece: str, op: str, pieces: dict[str, dict[int | None, Compiled]]) -> dict[int | None, Compiled]:
+    if piece:
+        return pieces[piece]
+    namespace, name = op.split(".")
+    return {None: getattr(getattr(torch.ops, namespace), name).default}
+
+
+def _dump(directory: Path, plan: Plan, pieces: dict[str, Piece]) -> None:
+    """The plan and each piece's graph as readable code."""
+    import msgspec
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "plan.json").write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
+    for key, piece in pieces.items():
+        inputs = "\n".join(f"# v{i}: {e} {p}" for i, (e, p) in enumerate(zip(piece.example_inputs, piece.real_inputs)))
+        (directory / f"piece_{key}.py").write_text(f"{inputs}\n{piece.graph.code}")
