@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import nn
+
+from atom.kernels import get_op
+from atom.kernels.torch.sampling import greedy, top_logits
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,12 +32,113 @@ class SamplingMetadata:
     bias_tokens: torch.Tensor | None = None  # int64 [B]
     bias_values: torch.Tensor | None = None  # float32 [B]
     num_logprobs: int = -1  # the most any row asks for; -1 = none asks, 0 = chosen token only
+    logprob_rows: torch.Tensor | None = None  # int64 [L], those that ask; None = all rows
 
 
 @dataclass(slots=True, kw_only=True)
 class SamplerOutput:
     token_ids: torch.Tensor  # int64 [R]
-    # Of the raw logits, before temperature, penalties and bias:
+    # Of the raw logits, before temperature, penalties and bias; undefined in rows that didn't ask:
     logprob_token_ids: torch.Tensor | None = None  # int64 [R, 1 + num_logprobs], chosen token first
     logprobs: torch.Tensor | None = None  # float32, same shape
     ranks: torch.Tensor | None = None  # int64 [R], 1 = most likely
+
+
+class Sampler(nn.Module):
+    """Logits to tokens. Order: penalties, bias, then greedy or the `sample` op (temperature, filters)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sample = get_op("sample")
+
+    def forward(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
+        """logits: float32 [R, V]; may be overwritten, unless log probabilities are asked for."""
+        adjusted = logits
+        if metadata.penalty_rows is not None or metadata.bias_rows is not None:
+            if metadata.num_logprobs >= 0:
+                adjusted = logits.clone()
+            if metadata.penalty_rows is not None:
+                apply_penalties_(adjusted, metadata)
+            if metadata.bias_rows is not None:
+                assert metadata.bias_tokens is not None
+                assert metadata.bias_values is not None
+                where = (metadata.bias_rows, metadata.bias_tokens)
+                adjusted.index_put_(where, metadata.bias_values, accumulate=True)
+        if metadata.all_greedy:
+            token_ids = greedy(adjusted)
+        else:
+            token_ids = self._sample(
+                adjusted, metadata.temperature, metadata.top_k, metadata.top_p, metadata.min_p, metadata.uniform
+            )
+        if metadata.num_logprobs < 0:
+            return SamplerOutput(token_ids=token_ids)
+        ids, logprobs, ranks = _logprobs_of_rows(logits, token_ids, metadata.num_logprobs, metadata.logprob_rows)
+        return SamplerOutput(token_ids=token_ids, logprob_token_ids=ids, logprobs=logprobs, ranks=ranks)
+
+
+def apply_penalties_(logits: torch.Tensor, metadata: SamplingMetadata) -> None:
+    """Penalties on rows `metadata.penalty_rows` of float32 [R, V], in place.
+
+    Repetition (Keskar et al. 2019, https://arxiv.org/abs/1909.05858), for tokens of prompt or output:
+    a positive logit is divided by it, any other multiplied. Then, as OpenAI's API defines them,
+    frequency * occurrences in the output and presence, if there are any, are subtracted.
+    """
+    rows, counts, mask = metadata.penalty_rows, metadata.output_counts, metadata.prompt_mask
+    presence, frequency = metadata.presence_penalty, metadata.frequency_penalty
+    repetition = metadata.repetition_penalty
+    assert rows is not None
+    assert counts is not None
+    assert mask is not None
+    assert presence is not None
+    assert frequency is not None
+    assert repetition is not None
+    seen = mask | (counts > 0)
+    if logits.device.type == "cpu":
+        # Few tokens have been seen: touch only those. (On a GPU, finding them would wait for it.)
+        p, token = (torch.from_numpy(i) for i in np.nonzero(seen.numpy()))
+        row = rows[p]
+        logits[row, token] = _penalize(logits[row, token], counts[p, token], presence[p], frequency[p], repetition[p])
+    else:
+        before = logits[rows]
+        after = _penalize(before, counts, presence.unsqueeze(1), frequency.unsqueeze(1), repetition.unsqueeze(1))
+        logits[rows] = torch.where(seen, after, before)
+
+
+def _penalize(
+    logits: torch.Tensor,
+    counts: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+    repetition: torch.Tensor,
+) -> torch.Tensor:
+    """Penalized logits of tokens that have been seen, elementwise."""
+    logits = torch.where(logits > 0, logits / repetition, logits * repetition)
+    return logits - frequency * counts - presence * (counts > 0)
+
+
+def gather_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What log_softmax of float32 [R, V] says about int64 [R] tokens and the `num` likeliest.
+
+    Returns ids int64 and log probabilities float32 [R, 1 + num], the given token first and then the
+    likeliest in falling order, and the given tokens' ranks int64 [R] (1 + how many are likelier).
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = token_ids.unsqueeze(1)
+    ids = chosen
+    if num > 0:
+        ids = torch.cat([chosen, top_logits(logits, min(num, logits.shape[1]))[1]], dim=1)
+    ranks = (logits > logits.gather(1, chosen)).sum(-1) + 1
+    return ids, logprobs.gather(1, ids), ranks
+
+
+def _logprobs_of_rows(
+    logits: torch.Tensor, token_ids: torch.Tensor, num: int, rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gather_logprobs` for some rows, spread over [R, ...]; None = all rows."""
+    if rows is None:
+        return gather_logprobs(logits, token_ids, num)
+    found = gather_logprobs(logits[rows], token_ids[rows], num)
+    spread = [part.new_zeros((len(logits), *part.shape[1:])).index_copy_(0, rows, part) for part in found]
+    return spread[0], spread[1], spread[2]
