@@ -111,7 +111,10 @@ class SamplingState:
                 self._built = None
 
     def build(self, rows: Sequence[int] | np.ndarray) -> SamplingMetadata:
-        """The metadata for a step in which these (distinct) rows sample, in this order."""
+        """The metadata for a step in which these (distinct) rows sample, in this order.
+
+        Valid until the next call: the object may be used again with other tensors.
+        """
         if not self._num_special:
             return _PLAIN_GREEDY
         rows = np.asarray(rows, dtype=np.int64)
@@ -215,7 +218,7 @@ class _PenaltyPool:
         self.vocab_size = vocab_size
         self.device = device
         self._slot = np.full(max_rows, -1, dtype=np.int64)  # of a row
-        self._free: list[int] = []  # a heap would keep slots in order; so does taking the least
+        self._free: list[int] = []
         self._num_used = 0
         self._values = np.zeros((3, max_rows), dtype=np.float32)  # presence, frequency, repetition of a row
         self._prompt_mask = torch.empty((0, vocab_size), dtype=torch.bool, device=device)
@@ -232,7 +235,7 @@ class _PenaltyPool:
     ) -> None:
         if not self._free:
             self._grow()
-        slot = min(self._free)
+        slot = min(self._free)  # keeps slots of successive rows adjacent, see collect
         self._free.remove(slot)
         self._num_used += 1
         self._slot[row] = slot
