@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     ATOM_TORCH_PROFILER_DIR: str | None
     ATOM_PROFILER_MORE: bool
     HF_TOKEN: str | None
+    CXX: str | None
+    XDG_CACHE_HOME: str | None
 
 logger = get_logger(__name__)
 
@@ -70,6 +72,8 @@ environment_variables: dict[str, Callable[[str], Any]] = {
     "ATOM_TORCH_PROFILER_DIR": _string(None),  # default of Config.torch_profiler_dir
     "ATOM_PROFILER_MORE": _boolean(False),  # traces also record shapes, stacks and memory
     "HF_TOKEN": _string(None),  # for gated models of the hub
+    "CXX": _string(None),  # compiler of the CPU kernels
+    "XDG_CACHE_HOME": _string(None),  # where compiled kernels are kept; default ~/.cache
 }
 
 _REMOVED = {"ATOM_ENFORCE_EAGER": "use the flag --enforce-eager (Config.enforce_eager)"}

@@ -25,6 +25,8 @@ VALUES = {
     "ATOM_DP_MASTER_PORT": 29500,
     "ATOM_TORCH_PROFILER_DIR": None,
     "HF_TOKEN": None,
+    "CXX": None,
+    "XDG_CACHE_HOME": None,
 }
 
 
