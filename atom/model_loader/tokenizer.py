@@ -36,7 +36,7 @@ def _from_folder(folder: str, trust_remote_code: bool) -> "PreTrainedTokenizerBa
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         # transformers raises whatever its parsers raise; the user needs the folder and the reason.
         if "trust_remote_code" in str(error):
