@@ -4,6 +4,7 @@ Architectures: llama (with Mistral and Mixtral), qwen2, qwen3, qwen3moe. Types: 
 `gguf` package dequantizes (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, the K-quants, ...).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from functools import cache, partial
@@ -84,6 +85,10 @@ def read_gguf_tensors(path: str | Path, dtype: torch.dtype) -> Iterator[Checkpoi
             yield raw.whole(f"{prefix}.{moe[0]}.experts.{expert}.{moe[1][experts[1]]}.{kind}")
         elif part in _LAYER:
             heads = _interleaved_heads(file, part)
+            if heads is not None and tensor.shape[0] % (2 * heads):
+                raise ModelLoadError(
+                    f"GGUF file {path}: {tensor.name} {list(tensor.shape)} doesn't divide into {heads} heads"
+                )
             yield raw.whole(f"{prefix}.{_LAYER[part]}.{kind}", heads)
         else:
             yield raw.whole(tensor.name)
@@ -105,11 +110,11 @@ class _Raw:
                 f"GGUF file {path}: {tensor.name} has the type {kind}, which can't be decoded; "
                 "use F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 or a K-quant"
             ) from None
-        if not tensor.shape or tensor.shape[-1] % block:
+        if 0 in (tensor.shape or (0,)) or tensor.shape[-1] % block:
             raise ModelLoadError(
                 f"GGUF file {path}: {tensor.name} {list(tensor.shape)} doesn't divide into {self.kind.name} blocks"
             )
-        size = int(np.prod(tensor.shape, dtype=np.int64)) // block * block_bytes
+        size = math.prod(tensor.shape) // block * block_bytes
         end = tensor.offset + size
         if end > len(data):
             raise ModelLoadError(f"GGUF file {path}: truncated; {tensor.name} ends at byte {end} of {len(data)}")
@@ -131,7 +136,7 @@ def _decode(
     raw: np.ndarray, kind: Any, shape: tuple[int, ...], dtype: torch.dtype, interleaved_heads: int | None
 ) -> torch.Tensor:
     """uint8 [n] -> `dtype` `shape`, on the CPU, through small float32 pieces."""
-    values = torch.empty(torch.Size(shape).numel(), dtype=dtype)
+    values = torch.empty(math.prod(shape), dtype=dtype)
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}.get(kind.name)
     if plain is not None:
         values.copy_(torch.from_numpy(raw.view(f"i{plain.itemsize}")).view(plain))

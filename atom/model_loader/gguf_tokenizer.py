@@ -36,6 +36,8 @@ def build_tokenizer(file: GGUFFile) -> "PreTrainedTokenizerBase":
         spec = _pre_tokenizer_spec(file)
         backend, add_bos = _byte_level(metadata, spec), spec.add_bos
     elif kind == "llama":
+        if metadata.get("tokenizer.ggml.scores") is None:
+            raise ModelLoadError(f"GGUF file {file.path}: tokenizer.ggml.scores is missing; this vocabulary needs it")
         backend, add_bos = _sentencepiece(metadata), True
     else:
         raise ModelLoadError(
@@ -106,10 +108,7 @@ def _sentencepiece(metadata: dict[str, Any]) -> "Tokenizer":
 
 
 def _merges_from_scores(metadata: dict[str, Any], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    scores = metadata.get("tokenizer.ggml.scores")
-    types = metadata.get("tokenizer.ggml.token_type")
-    if scores is None:
-        raise ModelLoadError("tokenizer.ggml.scores is missing: a SentencePiece vocabulary needs its scores")
+    scores, types = metadata["tokenizer.ggml.scores"], metadata.get("tokenizer.ggml.token_type")
     ranked = []
     for token, index in vocab.items():
         # Control and byte tokens never come from merging text.

@@ -87,6 +87,8 @@ class _Parser:
             raise ModelLoadError(f"GGUF file {self.path}: general.architecture is missing")
         table = [self.tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise ModelLoadError(f"GGUF file {self.path}: general.alignment is {alignment!r}, not a positive number")
         start = -(-self.position // alignment) * alignment
         tensors = {name: GGUFTensor(name, shape, kind, start + offset) for name, shape, kind, offset in table}
         return GGUFFile(self.path, metadata, tensors)

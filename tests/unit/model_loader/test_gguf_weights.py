@@ -145,6 +145,26 @@ def test_damage_is_one_clear_line(small_file, tmp_path, change, message):
     assert str(path) in str(caught.value)
 
 
+def test_random_damage_to_the_header_never_escapes_as_another_error(small_file, tmp_path):
+    original = small_file.read_bytes()
+    header = min(tensor.offset for tensor in read_gguf(small_file).tensors.values())
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(original)
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(4, header)] = rng.integers(256)
+        path = damaged(small_file, tmp_path, lambda _, data=data: bytes(data))
+        try:
+            for tensor in read_gguf_tensors(path, torch.float32):
+                assert tensor.shape
+        except ModelLoadError as error:
+            refused += 1
+            assert "\n" not in str(error)  # noqa: PT017
+        read_gguf.__globals__["_read"].cache_clear()
+    assert refused > 100
+
+
 def test_missing_file_and_undecodable_type(small_file, tmp_path):
     with pytest.raises(ModelLoadError, match="No such file"):
         read_gguf(tmp_path / "none.gguf")
@@ -154,6 +174,15 @@ def test_missing_file_and_undecodable_type(small_file, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    writer = gguf.GGUFWriter(tmp_path / "heads.gguf", "llama")
+    writer.add_head_count(3)
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((8, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelLoadError, match="doesn't divide into 3 heads"):
+        list(read_gguf_tensors(tmp_path / "heads.gguf", torch.float32))
     with pytest.raises(ModelLoadError, match="type I32, which can't be decoded"):
         list(read_gguf_tensors(tmp_path / "m.gguf", torch.float32))
 
