@@ -1,0 +1,189 @@
+// Dense layers over packed weights: out = x * weight^T with a fused epilogue.
+#include <algorithm>
+#include <type_traits>
+
+#include "micro.h"
+
+namespace atom {
+namespace {
+
+constexpr int64_t kGroup = 4;         // panels that share one tile of results
+constexpr int64_t kBlockSteps = 1024; // of K (4 KiB a row of A, 64 KiB a panel): what stays in the L2 cache
+constexpr int64_t kMaxBlockRows = 192;
+
+template <class T>
+void pack_panel(const T* weight, int64_t first, int64_t rows, int64_t k, int64_t ldw, T* out) {
+  constexpr int64_t width = std::is_same_v<T, bf16> ? 2 : 1;
+  const int64_t steps = (k + width - 1) / width;
+  memset((void*)out, 0, steps * kPanel * width * sizeof(T));
+  for (int64_t j = 0; j < rows; ++j) {
+    const T* row = weight + (first + j) * ldw;
+    for (int64_t i = 0; i < k; ++i) out[(i / width * kPanel + j) * width + i % width] = row[i];
+  }
+}
+
+// Adds the bias or applies silu(gate) * up to a tile of float results, and stores it in the output's type.
+template <class Out>
+void epilogue(const LinearArgs& args, const float* tile, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Out* out = (Out*)args.out + (row + i) * args.n;
+    const float* in = tile + i * kGroup * kPanel;
+    if (args.paired) {
+      for (int64_t p = 0; p < panels; p += 2) {
+        const int64_t col = (panel + p) / 2 * kPanel;
+        store_some(out + col, silu(load16(in + p * 16)) * load16(in + p * 16 + 16), args.n - col);
+      }
+      continue;
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t col = (panel + p) * kPanel;
+      F16x v = load16(in + p * 16);
+      if (args.bias)
+        by_type(args.bias_type, [&](auto t) {
+          v = v + load_some((const decltype(t)*)args.bias + col, args.n - col);
+        });
+      store_some(out + col, v, args.n - col);
+    }
+  }
+}
+
+struct Operand {
+  const char* data;
+  int64_t stride;  // bytes
+};
+
+// Rows [m0, m1) and panels [p0, p1) of the result.
+template <class Step>
+void linear_block(const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  static thread_local Scratch scratch;
+  const int64_t steps = ksteps(args.type, args.k);
+  const int64_t panel_bytes = steps * Step::bytes;
+  const int64_t block_steps = std::min(steps, kBlockSteps);
+  const int64_t fit = std::max<int64_t>(8 * kMaxRows, (384 << 10) / (block_steps * Step::a_bytes) / kMaxRows * kMaxRows);
+  const int64_t block_rows = std::min(kMaxBlockRows, fit);
+  float* tile = (float*)scratch.get(std::min(m1 - m0, block_rows) * kGroup * kPanel * sizeof(float));
+  const char* packed = (const char*)args.packed;
+  for (int64_t row = m0; row < m1; row += block_rows) {
+    const int64_t rows = std::min(block_rows, m1 - row);
+    for (int64_t p = p0; p < p1; p += kGroup) {
+      const int64_t panels = std::min(kGroup, p1 - p);
+      for (int64_t s = 0; s < steps; s += block_steps) {
+        Tile t;
+        t.steps = std::min(block_steps, steps - s);
+        t.a = a.data + row * a.stride + s * Step::a_bytes;
+        t.a_stride = a.stride;
+        t.b = packed + p * panel_bytes + s * Step::bytes;
+        t.panel_bytes = panel_bytes;
+        t.c = tile;
+        t.c_stride = kGroup * kPanel;
+        t.accumulate = s > 0;
+        const char* next = s + block_steps < steps ? t.b + block_steps * Step::bytes
+                                                   : packed + (p + kGroup) * panel_bytes;
+        multiply<Step>(t, rows, panels, next);
+      }
+      if (args.out_type == DType::f32) epilogue<float>(args, tile, row, rows, p, panels);
+      else if (args.out_type == DType::bf16) epilogue<bf16>(args, tile, row, rows, p, panels);
+      else epilogue<f16>(args, tile, row, rows, p, panels);
+    }
+  }
+}
+
+// Rows of A as the register tiles read them: as they are where possible.
+Operand operand(const LinearArgs& args, Scratch& scratch, bool& convert) {
+#if defined(ATOM_BF16_DOT)
+  const bool as_is = args.type == DType::f32 || (args.type == DType::bf16 && args.k % 2 == 0);
+  const int64_t width = args.type == DType::bf16 ? 2 : 4;
+#else
+  const bool as_is = args.type == DType::f32;
+  const int64_t width = 4;
+#endif
+  convert = !as_is;
+  if (as_is) return {(const char*)args.x, args.ldx * element_size(args.type)};
+  const int64_t stride = ksteps(args.type, args.k) * kwidth(args.type) * width;
+  return {(const char*)scratch.get(args.m * stride), stride};
+}
+
+void convert_row(const LinearArgs& args, int64_t row, char* to) {
+  if (args.type == DType::bf16) {
+    const bf16* from = (const bf16*)args.x + row * args.ldx;
+#if defined(ATOM_BF16_DOT)
+    memcpy(to, from, args.k * 2);
+    if (args.k % 2) ((uint16_t*)to)[args.k] = 0;
+#else
+    for (int64_t i = 0; i < args.k; ++i) ((float*)to)[i] = bf16_to_float(from[i].bits);
+    if (args.k % 2) ((float*)to)[args.k] = 0;
+#endif
+  } else {
+    const f16* from = (const f16*)args.x + row * args.ldx;
+    for (int64_t i = 0; i < args.k; i += 16)
+      store_some((float*)to + i, load_some(from + i, args.k - i), args.k - i);
+  }
+}
+
+}  // namespace
+
+void pack_weight(DType type, const void* weight, int64_t n, int64_t k, int64_t ldw, bool paired, void* packed,
+                 int threads) {
+  by_type(type, [&](auto tag) {
+    using T = decltype(tag);
+    const int64_t panels = num_panels(n, paired), half = n / 2;
+    const int64_t size = ksteps(type, k) * kwidth(type) * kPanel;
+    parallel(threads, [&](int thread, int team) {
+      const Range r = share(panels, thread, team);
+      for (int64_t p = r.begin; p < r.end; ++p) {
+        const int64_t first = paired ? p / 2 * kPanel : p * kPanel;
+        const int64_t rows = std::min(kPanel, (paired ? half : n) - first);
+        pack_panel((const T*)weight, first + (paired && p % 2 ? half : 0), rows, k, ldw, (T*)packed + p * size);
+      }
+    });
+  });
+}
+
+void linear(const LinearArgs& args, int threads) {
+  if (!args.m || !args.n) return;
+  const int64_t unit = args.paired ? 2 : 1;
+  const int64_t columns = (args.n + kPanel - 1) / kPanel;  // panels, or pairs of panels
+  if (args.m * args.n * args.k * unit < 65536) threads = 1;
+  // Threads share the columns; where these are few, also the rows.
+  int64_t best_rows = 1, best = INT64_MAX;
+  for (int64_t by_rows = 1; by_rows <= threads; ++by_rows) {
+    if (threads % by_rows || by_rows * 8 > args.m + 7) continue;
+    const int64_t by_columns = threads / by_rows;
+    const int64_t cost = ((args.m + by_rows - 1) / by_rows) * ((columns + by_columns - 1) / by_columns);
+    if (cost < best) best = cost, best_rows = by_rows;
+  }
+  static thread_local Scratch scratch;
+  bool convert;
+  const Operand a = operand(args, scratch, convert);
+  parallel(threads, [&](int thread, int team) {
+    if (convert) {
+      const Range r = share(args.m, thread, team);
+      for (int64_t i = r.begin; i < r.end; ++i) convert_row(args, i, (char*)a.data + i * a.stride);
+      if (team > 1) {
+#pragma omp barrier
+      }
+    }
+    const int64_t by_rows = team % best_rows ? 1 : best_rows;
+    const Range m = share(args.m, thread % by_rows, by_rows);
+    const Range c = share(columns, thread / by_rows, team / by_rows);
+    if (args.type == DType::f32) linear_block<StepF32>(args, a, m.begin, m.end, c.begin * unit, c.end * unit);
+    else if (args.type == DType::bf16) linear_block<StepBF16>(args, a, m.begin, m.end, c.begin * unit, c.end * unit);
+    else linear_block<StepF16>(args, a, m.begin, m.end, c.begin * unit, c.end * unit);
+  });
+}
+
+const char* isa() {
+#if defined(ATOM_BF16_DOT)
+  return "avx512_bf16";
+#elif defined(ATOM_AVX512)
+  return "avx512";
+#elif defined(__AVX2__)
+  return "avx2";
+#elif defined(__aarch64__)
+  return "neon";
+#else
+  return "generic";
+#endif
+}
+
+}  // namespace atom
