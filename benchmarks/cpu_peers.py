@@ -56,6 +56,8 @@ def engines(cores: list[int]) -> dict[str, list[Setting]]:
         "vllm": [
             Setting({"enforce_eager": True}, {"VLLM_CPU_OMP_THREADS_BIND": bound}),
             Setting({"enforce_eager": True}, {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}),
+            # In one process: its engine and worker processes poll each other, which costs much on few cores.
+            Setting({"enforce_eager": True}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
         ],
         "llamacpp": [
             Setting({"slots": 16, "flash_attn": "on"}),
@@ -302,6 +304,7 @@ def main() -> None:
     if args.install:
         install(args.peers_dir)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engine that runs is ended too
     report = compare(args)
     print_table(report)
     for entry in report["workloads"].values():
