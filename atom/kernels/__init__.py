@@ -33,20 +33,23 @@ OPS: dict[str, str] = {
 
 
 @cache
-def _backend(name: str) -> Any:
-    """The backend's package if it can run here, else None with one log line."""
-    package = importlib.import_module(f"atom.kernels.{name}")
-    reason = package.unavailable_reason()
+def unavailable_reason(backend: str) -> str | None:
+    """Why a backend can't run here, or None; asking for the C++ backend builds it."""
+    return importlib.import_module(f"atom.kernels.{backend}").unavailable_reason()
+
+
+@cache
+def _is_usable(backend: str) -> bool:
+    reason = unavailable_reason(backend)
     if reason:
-        logger.warning("kernels: %s backend is off (%s); torch references are used instead", name, reason)
-        return None
-    return package
+        logger.warning("kernels: the %s backend is off (%s); torch references are used instead", backend, reason)
+    return reason is None
 
 
 def get_op(name: str, backends: tuple[str, ...] | None = None) -> Callable[..., Any]:
     """The best implementation of an op among `backends` (default: the platform's order)."""
     for backend in backends or current_platform().kernel_backends:
-        if backend != "torch" and _backend(backend) is None:
+        if not _is_usable(backend):
             continue
         try:
             module = importlib.import_module(f"atom.kernels.{backend}.{OPS[name]}")

@@ -92,16 +92,16 @@ def apply_penalties_(logits: torch.Tensor, metadata: SamplingMetadata) -> None:
     assert presence is not None
     assert frequency is not None
     assert repetition is not None
-    seen = mask | (counts > 0)
     if logits.device.type == "cpu":
         # Few tokens have been seen: touch only those. (On a GPU, finding them would wait for it.)
-        p, token = (torch.from_numpy(i) for i in np.nonzero(seen.numpy()))
+        flat = np.flatnonzero(mask.numpy() | (counts.numpy() != 0))
+        p, token = (torch.from_numpy(i) for i in np.divmod(flat, logits.shape[1]))
         row = rows[p]
         logits[row, token] = _penalize(logits[row, token], counts[p, token], presence[p], frequency[p], repetition[p])
     else:
         before = logits[rows]
         after = _penalize(before, counts, presence.unsqueeze(1), frequency.unsqueeze(1), repetition.unsqueeze(1))
-        logits[rows] = torch.where(seen, after, before)
+        logits[rows] = torch.where(mask | (counts > 0), after, before)
 
 
 def _penalize(

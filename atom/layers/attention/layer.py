@@ -1,0 +1,79 @@
+"""The attention layer that models use: finds its cache and this step's metadata, calls its backend."""
+
+import torch
+from torch import nn
+
+from atom.forward_context import get_forward_context
+from atom.layers.attention.base import AttentionSpec, KVCache
+from atom.layers.attention.registry import select_backend
+from atom.layers.build import BuildContext
+
+
+class Attention(nn.Module):
+    """Causal attention over the paged cache, for this rank's heads."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        layer_name: str,
+        context: BuildContext,
+        scale: float | None = None,
+        sliding_window: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layer_name = layer_name
+        self.spec = AttentionSpec(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5 if scale is None else scale,
+            dtype=context.dtype,
+            block_size=context.block_size,
+            kv_cache_dtype=context.kv_cache_dtype,
+            sliding_window=sliding_window,
+        )
+        device_type = torch.get_default_device().type
+        self.backend = select_backend(context.attention_backend, self.spec, device_type)(self.spec)
+        self.kv_cache: KVCache | None = None
+        self._heads = (num_heads, head_dim)
+        self._kv_heads = (num_kv_heads, head_dim)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[T, H * D] or [T, H, D] each -> [T, num_heads * D]."""
+        num_tokens = query.shape[0]
+        query = query.view(num_tokens, *self._heads)
+        key = key.view(num_tokens, *self._kv_heads)
+        value = value.view(num_tokens, *self._kv_heads)
+        output = torch.empty(num_tokens, *self._heads, dtype=query.dtype, device=query.device)
+        if torch.compiler.is_compiling():
+            torch.ops.aiter.unified_attention_with_output(query, key, value, output, self.layer_name)
+        else:
+            self.attend(query, key, value, output)
+        return output.view(num_tokens, -1)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
+        """Store key and value, and write the attention's result; [T, H, D] each."""
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:  # a profiling run: there is no cache yet
+            output.zero_()
+            return
+        assert self.kv_cache is not None, f"{self.layer_name} has no KV cache"
+        self.backend.forward(query, key, value, self.kv_cache, metadata, output)
+
+
+def _unified_attention_with_output(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, layer_name: str
+) -> None:
+    get_forward_context().layers[layer_name].attend(query, key, value, output)
+
+
+# The op at which compilation splits a model's graph; it finds its layer through the forward context.
+_library = torch.library.Library("aiter", "FRAGMENT")
+_library.define(
+    "unified_attention_with_output(Tensor query, Tensor key, Tensor value, Tensor(a!) output, str layer_name) -> ()"
+)
+_library.impl("unified_attention_with_output", _unified_attention_with_output, "CompositeExplicitAutograd")
+_library.impl("unified_attention_with_output", lambda *_: None, "Meta")

@@ -1,0 +1,62 @@
+"""Token embedding and output head, split over the vocabulary."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from atom.distributed.communication import all_gather_last, all_reduce
+from atom.kernels import get_op
+from atom.layers.build import BuildContext
+from atom.layers.linear import copy_checked, set_loader
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Each rank holds an equal range of the vocabulary; the last ranges are padded with zero rows."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, context: BuildContext) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.tp = context.tp
+        self.rows = -(-vocab_size // self.tp.size)
+        self.first = self.tp.rank * self.rows
+        self.weight = nn.Parameter(torch.empty(self.rows, hidden_size, dtype=context.dtype), requires_grad=False)
+        set_loader(self.weight, self._load)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] -> [T, hidden_size]"""
+        if self.tp.size == 1:
+            return F.embedding(input_ids, self.weight)
+        local = input_ids - self.first
+        mine = (local >= 0) & (local < self.rows)
+        out = F.embedding(local.clamp(0, self.rows - 1), self.weight)
+        return all_reduce(out * mine.unsqueeze(-1), self.tp)
+
+    def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
+        if loaded.shape[0] != self.vocab_size:
+            raise ValueError(f"expected {self.vocab_size} rows, found {loaded.shape[0]}")
+        mine = loaded[self.first : self.first + self.rows]
+        copy_checked(param.data[: len(mine)], mine)
+        param.data[len(mine) :].zero_()
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """Hidden states to logits; its weight may be the embedding's own (`tie`)."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, context: BuildContext) -> None:
+        super().__init__(vocab_size, hidden_size, context=context)
+        self._prepare = get_op("prepare_linear_weight")
+        self._linear = get_op("linear")
+
+    def tie(self, embedding: VocabParallelEmbedding) -> None:
+        self.weight = embedding.weight
+
+    def process_weights_after_loading(self) -> None:
+        # A tied weight stays as it is for look-ups; the head reads its own layout.
+        self.weight = nn.Parameter(self._prepare(self.weight.data), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, hidden_size] -> float32 [R, vocab_size]"""
+        logits = self._linear(hidden, self.weight, None, self.rows, out_float32=True)
+        if self.tp.size > 1:
+            logits = all_gather_last(logits, self.tp)
+        return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]

@@ -1,0 +1,55 @@
+"""Mixture of experts: a router and the experts' weights, stacked."""
+
+import torch
+from torch import nn
+
+from atom.distributed.communication import all_reduce
+from atom.kernels import get_op
+from atom.layers.build import BuildContext
+from atom.layers.linear import copy_checked, divide, rank_slice, set_loader
+
+
+class FusedMoE(nn.Module):
+    """Gated experts: w13_weight [E, 2 * I, H] (gate above up), w2_weight [E, H, I]; I split over the ranks."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        renormalize: bool,
+        context: BuildContext,
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.tp = context.tp
+        self.intermediate_size = divide(intermediate_size, self.tp.size)
+        shape13 = (num_experts, 2 * self.intermediate_size, hidden_size)
+        shape2 = (num_experts, hidden_size, self.intermediate_size)
+        self.w13_weight = nn.Parameter(torch.empty(shape13, dtype=context.dtype), requires_grad=False)
+        self.w2_weight = nn.Parameter(torch.empty(shape2, dtype=context.dtype), requires_grad=False)
+        set_loader(self.w13_weight, self._load_w13, 2 * num_experts)
+        set_loader(self.w2_weight, self._load_w2, num_experts)
+        self._fused_experts = get_op("fused_experts")
+
+    def forward(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """x [T, H], router_logits [T, E] -> [T, H]"""
+        weights, ids = torch.softmax(router_logits.float(), dim=-1).topk(self.top_k, dim=-1)
+        if self.renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return all_reduce(self._fused_experts(x, self.w13_weight, self.w2_weight, weights, ids), self.tp)
+
+    def _load_w13(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
+        assert shard_id in (0, 1)
+        assert expert_id is not None
+        size = self.intermediate_size
+        copy_checked(
+            param.data[expert_id].narrow(0, shard_id * size, size), rank_slice(loaded, 0, self.tp.rank, self.tp.size)
+        )
+
+    def _load_w2(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
+        assert expert_id is not None
+        copy_checked(param.data[expert_id], rank_slice(loaded, 1, self.tp.rank, self.tp.size))
