@@ -48,7 +48,9 @@ fi
 # Without a compiler ATOM runs on torch's own kernels, only slower: not a reason to stop.
 if [ ! -f "$venv/.atom-kernels" ] || [ "$(cat "$venv/.atom-kernels")" != "$kernels" ]; then
     echo "setup: building the CPU kernels"
-    "$venv/bin/python" -m atom.kernels.cpu.build \
-        || echo "setup: the CPU kernels were not built (message above); ATOM will use torch's, which are slower" >&2
-    echo "$kernels" > "$venv/.atom-kernels"
+    if "$venv/bin/python" -m atom.kernels.cpu.build; then
+        echo "$kernels" > "$venv/.atom-kernels"
+    else
+        echo "setup: the CPU kernels were not built (message above); ATOM will use torch's, which are slower" >&2
+    fi
 fi
