@@ -9,6 +9,8 @@ from torch import nn
 from atom.kernels import get_op
 from atom.kernels.torch.sampling import greedy, top_logits
 
+_RANKS_FROM_TOP = 20  # sampled tokens are seldom further down
+
 
 @dataclass(slots=True, kw_only=True)
 class SamplingMetadata:
@@ -126,10 +128,17 @@ def gather_logprobs(
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = token_ids.unsqueeze(1)
-    ids = chosen
-    if num > 0:
-        ids = torch.cat([chosen, top_logits(logits, min(num, logits.shape[1]))[1]], dim=1)
-    ranks = (logits > logits.gather(1, chosen)).sum(-1) + 1
+    values, likeliest = top_logits(logits, min(max(num, _RANKS_FROM_TOP), logits.shape[1]))
+    ids = torch.cat([chosen, likeliest[:, :num]], dim=1)
+    own = logits.gather(1, chosen)
+    if logits.device.type != "cpu":
+        ranks = (logits > own).sum(-1) + 1
+    else:
+        # Comparing the whole vocabulary costs more than all else here, and few need it.
+        ranks = (values > own).sum(-1) + 1
+        beyond = (own < values[:, -1:]).nonzero()[:, 0]
+        if len(beyond):
+            ranks[beyond] = (logits[beyond] > own[beyond]).sum(-1) + 1
     return ids, logprobs.gather(1, ids), ranks
 
 

@@ -13,6 +13,10 @@ import torch
 # Rows are summed in blocks, then only the block that holds the answer is looked at closely.
 _BLOCK = 256
 _CANDIDATE_BLOCK = 32
+# A product with it is below the other factor, also after rounding to float64.
+_JUST_BELOW_ONE = 1 - 2.0**-52
+# Logits that a thread works on at a time.
+_ELEMENTS_A_THREAD = 1 << 18
 # How many of the likeliest tokens are looked at first, and next, before all are: nearly every top-p
 # set of a language model is within the first, and few are larger than the second.
 _FEW_CANDIDATES = 128
@@ -51,14 +55,33 @@ def sample(
     The answer is the first token id whose cumulative probability exceeds `uniform`, so a token of
     probability 0 is never chosen. A row without a distribution (all -inf, NaN, +inf) is greedy.
     """
+    at_once = len(logits)
+    if logits.device.type == "cpu":
+        # A part's temporaries stay in the cache, and small enough for malloc to use them again.
+        at_once = max(1, _ELEMENTS_A_THREAD * torch.get_num_threads() // logits.shape[1])
+    if len(logits) <= at_once:
+        return _sample_rows(logits, temperature, top_k, top_p, min_p, uniform)
+    per_row = (logits, temperature, top_k, top_p, min_p, uniform)
+    split = [[None] * len(logits) if x is None else x.split(at_once) for x in per_row]
+    return torch.cat([_sample_rows(*part) for part in zip(*split, strict=False)])
+
+
+def _sample_rows(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    # Temperature 0 makes NaN and infinities, and so a row without a distribution.
     scaled = logits if bool((temperature == 1).all()) else logits / temperature.unsqueeze(1)
     weights = torch.softmax(scaled, dim=-1)
     if top_k is not None or top_p is not None or min_p is not None:
         _filter_(weights, scaled, temperature, top_k, top_p, min_p)
-    tokens, total = _inverse_cdf(weights, uniform)
-    undefined = ~(total > 0) | (temperature == 0)
-    if bool(undefined.any()):
-        rows = undefined.nonzero().squeeze(1)
+    tokens, defined = _inverse_cdf(weights, uniform)
+    if not bool(defined.all()):
+        rows = (~defined).nonzero().squeeze(1)
         tokens[rows] = greedy(logits[rows])
     return tokens
 
@@ -93,32 +116,32 @@ def _per_block(x: torch.Tensor, block: int, reduce: Callable[..., torch.Tensor])
 
 
 def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First id whose cumulative weight exceeds uniform * total, and the totals (float64), [R] each.
+    """First id whose cumulative weight exceeds uniform * total, and whether a row has one: int64, bool [R].
 
     cumulative[i] > target >= cumulative[i - 1] can only hold where weight i > 0, whatever the rounding.
     """
     vocab_size = weights.shape[1]
-    sums = _per_block(weights, _BLOCK, torch.sum).double()
-    cumulative = sums.cumsum(-1)
+    sums = _per_block(weights, _BLOCK, torch.sum)
+    cumulative = sums.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    target = _below(uniform.double().unsqueeze(1) * total, total)
-    block = (cumulative <= target).sum(-1, keepdim=True).clamp_(max=sums.shape[1] - 1)
-    block_sum = sums.gather(1, block)
-    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
-
-    ids = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
-    inside = weights.gather(1, ids.clamp(max=vocab_size - 1)).double()
-    inside = inside.masked_fill_(ids >= vocab_size, 0.0).cumsum(-1)
+    target = torch.minimum(uniform.unsqueeze(1) * total, total * _JUST_BELOW_ONE)
+    # The clamp is for rows of NaN, whose answer is anything.
+    block = torch.searchsorted(cumulative, target, right=True).clamp_(max=sums.shape[1] - 1)
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, block)
     # The float32 sum of the block and the float64 one differ in rounding: go by the fraction.
-    target = _below((target - before) / block_sum * inside[:, -1:], inside[:, -1:])
-    offset = (inside <= target).sum(-1, keepdim=True)
-    tokens = (block * _BLOCK + offset).clamp_(max=vocab_size - 1)
-    return tokens.squeeze(1), total.squeeze(1)
+    fraction = (target - before) / sums.gather(1, block)
 
-
-def _below(x: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """x, but at most the next number below limit: rounding up must not step past the last token."""
-    return torch.minimum(x, torch.nextafter(limit, torch.zeros_like(limit)))
+    start = block * _BLOCK
+    ids = start + torch.arange(_BLOCK, device=weights.device)
+    if vocab_size % _BLOCK:
+        inside = weights.gather(1, ids.clamp(max=vocab_size - 1)).masked_fill_(ids >= vocab_size, 0.0)
+    else:
+        inside = weights.gather(1, ids)
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    total_inside = inside[:, -1:]
+    target = torch.minimum(fraction * total_inside, total_inside * _JUST_BELOW_ONE)
+    tokens = start + torch.searchsorted(inside, target, right=True)
+    return tokens.squeeze(1), total.squeeze(1) > 0
 
 
 def _filter_(
