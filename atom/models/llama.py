@@ -94,8 +94,7 @@ class LlamaDecoderLayer(nn.Module):
     def make_attention(
         self, config: Any, index: int, rope: RotaryEmbedding, context: BuildContext, prefix: str
     ) -> nn.Module:
-        window = getattr(config, "sliding_window", None)
-        return LlamaAttention(config, rope, context=context, prefix=prefix, sliding_window=window)
+        return LlamaAttention(config, rope, context=context, prefix=prefix)
 
     def make_mlp(self, config: Any, index: int, context: BuildContext, prefix: str) -> nn.Module:
         return GatedMLP(
@@ -162,3 +161,16 @@ class LlamaForCausalLM(nn.Module):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> float32 [R, vocab_size]"""
         return self.lm_head(hidden)
+
+
+class MistralDecoderLayer(LlamaDecoderLayer):
+    """Every layer may have a sliding window (Mistral 7B, https://arxiv.org/abs/2310.06825)."""
+
+    def make_attention(
+        self, config: Any, index: int, rope: RotaryEmbedding, context: BuildContext, prefix: str
+    ) -> nn.Module:
+        return LlamaAttention(config, rope, context=context, prefix=prefix, sliding_window=config.sliding_window)
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    layer_class = MistralDecoderLayer

@@ -1,4 +1,4 @@
-"""Mixtral (https://arxiv.org/abs/2401.04088): Llama with experts in place of the MLP."""
+"""Mixtral (https://arxiv.org/abs/2401.04088): Mistral with experts in place of the MLP."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import nn
 from atom.layers.build import BuildContext
 from atom.layers.linear import ReplicatedLinear
 from atom.layers.moe.fused_moe import FusedMoE
-from atom.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from atom.models.llama import LlamaForCausalLM, MistralDecoderLayer
 
 
 class MixtralMoeBlock(nn.Module):
@@ -29,7 +29,7 @@ class MixtralMoeBlock(nn.Module):
         return self.experts(x, self.gate(x))
 
 
-class MixtralDecoderLayer(LlamaDecoderLayer):
+class MixtralDecoderLayer(MistralDecoderLayer):
     def make_mlp(self, config: Any, index: int, context: BuildContext, prefix: str) -> nn.Module:
         return MixtralMoeBlock(config, context=context, prefix=prefix)
 

@@ -9,8 +9,8 @@ from atom.layers.build import BuildContext
 from atom.layers.linear import ReplicatedLinear
 from atom.layers.mlp import GatedMLP
 from atom.layers.moe.fused_moe import FusedMoE
-from atom.models.llama import LlamaForCausalLM
-from atom.models.qwen3 import Qwen3DecoderLayer
+from atom.layers.rotary import RotaryEmbedding
+from atom.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 
 
 class Qwen3MoeBlock(nn.Module):
@@ -30,14 +30,19 @@ class Qwen3MoeBlock(nn.Module):
         return self.experts(x, self.gate(x))
 
 
-class Qwen3MoeDecoderLayer(Qwen3DecoderLayer):
+class Qwen3MoeDecoderLayer(LlamaDecoderLayer):
+    def make_attention(
+        self, config: Any, index: int, rope: RotaryEmbedding, context: BuildContext, prefix: str
+    ) -> nn.Module:
+        # Unlike in the dense model, a window is every layer's.
+        window = config.sliding_window if config.use_sliding_window else None
+        return LlamaAttention(config, rope, context=context, prefix=prefix, qk_norm=True, sliding_window=window)
+
     def make_mlp(self, config: Any, index: int, context: BuildContext, prefix: str) -> nn.Module:
         sparse = config.num_experts > 0 and (index + 1) % config.decoder_sparse_step == 0
         if sparse and index not in (config.mlp_only_layers or []):
             return Qwen3MoeBlock(config, context=context, prefix=prefix)
-        return GatedMLP(
-            config.hidden_size, config.intermediate_size, config.hidden_act, context=context, prefix=prefix
-        )
+        return GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, context=context, prefix=prefix)
 
 
 class Qwen3MoeForCausalLM(LlamaForCausalLM):

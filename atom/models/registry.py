@@ -9,7 +9,7 @@ from atom.utils.errors import ModelLoadError
 # Architecture, as config.json names it -> "module.Class" below atom/models.
 MODELS = {
     "LlamaForCausalLM": "llama.LlamaForCausalLM",
-    "MistralForCausalLM": "llama.LlamaForCausalLM",
+    "MistralForCausalLM": "llama.MistralForCausalLM",
     "MixtralForCausalLM": "mixtral.MixtralForCausalLM",
     "Qwen2ForCausalLM": "qwen2.Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "qwen3.Qwen3ForCausalLM",
@@ -28,6 +28,4 @@ def get_model_class(hf_config: Any) -> type:
         raise ModelLoadError(f"config.json names no architectures; supported: {', '.join(MODELS)}")
     near = difflib.get_close_matches(architectures[0], MODELS, n=1)
     hint = f" (nearest: {near[0]})" if near else ""
-    raise ModelLoadError(
-        f"architectures={architectures} is not supported{hint}; supported: {', '.join(MODELS)}"
-    )
+    raise ModelLoadError(f"architectures={architectures} is not supported{hint}; supported: {', '.join(MODELS)}")

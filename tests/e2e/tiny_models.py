@@ -61,7 +61,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-ignored-window": ("llama", {"sliding_window": 4}),
     "mistral-no-window": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "mixtral-window": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 9}),
-    "mixtral-yarn-rope": ("mixtral", {"num_local_experts": 3, "rope_parameters": _YARN}),
     "qwen2-window": ("qwen2", _WINDOW),
     "qwen2-layer-types": (
         "qwen2",
