@@ -7,10 +7,11 @@ from torch import nn
 from atom.distributed.communication import all_gather_last, all_reduce
 from atom.kernels import get_op
 from atom.layers.build import BuildContext
-from atom.layers.linear import copy_checked, set_loader
+from atom.layers.linear import check_shape, set_loader
+from atom.layers.module import Layer
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Layer):
     """Each rank holds an equal range of the vocabulary; the last ranges are padded with zero rows."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, context: BuildContext) -> None:
@@ -32,10 +33,9 @@ class VocabParallelEmbedding(nn.Module):
         return all_reduce(out * mine.unsqueeze(-1), self.tp)
 
     def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
-        if loaded.shape[0] != self.vocab_size:
-            raise ValueError(f"expected {self.vocab_size} rows, found {loaded.shape[0]}")
+        check_shape(loaded, (self.vocab_size, param.shape[1]))
         mine = loaded[self.first : self.first + self.rows]
-        copy_checked(param.data[: len(mine)], mine)
+        param.data[: len(mine)].copy_(mine)
         param.data[len(mine) :].zero_()
 
 
@@ -53,6 +53,7 @@ class ParallelLMHead(VocabParallelEmbedding):
     def process_weights_after_loading(self) -> None:
         # A tied weight stays as it is for look-ups; the head reads its own layout.
         self.weight = nn.Parameter(self._prepare(self.weight.data), requires_grad=False)
+        super().process_weights_after_loading()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> float32 [R, vocab_size]"""

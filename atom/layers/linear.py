@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from atom.distributed.communication import all_reduce
+from atom.distributed.parallel_state import TPGroup
 from atom.layers.build import BuildContext
+from atom.layers.module import Layer
 from atom.layers.quant.base import get_linear_method
+from atom.utils.errors import ModelLoadError
 
 Loader = Callable[[torch.Tensor, torch.Tensor, int | None, int | None], None]
 
@@ -23,31 +26,40 @@ def set_loader(param: torch.Tensor, loader: Loader, num_shards: int = 1) -> None
     param.num_shards = num_shards  # type: ignore[attr-defined]
 
 
-def copy_checked(target: torch.Tensor, loaded: torch.Tensor) -> None:
-    """Copy into a parameter or a part of one; ValueError when the shapes differ."""
-    if target.shape != loaded.shape:
-        raise ValueError(f"expected shape {tuple(target.shape)}, found {tuple(loaded.shape)}")
-    target.copy_(loaded)
+def check_shape(loaded: torch.Tensor, expected: Sequence[int]) -> None:
+    """ModelLoadError unless a checkpoint tensor has the shape that the model's config says."""
+    if loaded.shape != torch.Size(expected):
+        raise ModelLoadError(f"expected shape {list(expected)}, found {list(loaded.shape)}")
 
 
-def rank_slice(loaded: torch.Tensor, dim: int, rank: int, size: int) -> torch.Tensor:
-    """This rank's equal part of a whole tensor along `dim`."""
-    if loaded.shape[dim] % size:
-        raise ValueError(f"dimension {dim} of shape {tuple(loaded.shape)} does not divide by {size} ranks")
-    part = loaded.shape[dim] // size
-    return loaded.narrow(dim, rank * part, part)
+def load_shard(target: torch.Tensor, loaded: torch.Tensor, dim: int, rank: int, size: int) -> None:
+    """Fill `target`, a parameter or a part of one, with the rank-th of `size` equal parts of `loaded` along `dim`."""
+    part = target.shape[dim]
+    check_shape(loaded, [n * size if d == dim else n for d, n in enumerate(target.shape)])
+    target.copy_(loaded.narrow(dim, rank * part, part))
 
 
-def divide(total: int, parts: int) -> int:
-    assert total % parts == 0, f"{total} does not divide by {parts}"
-    return total // parts
+def load_parts(loader: Loader, param: torch.Tensor, loaded: torch.Tensor, sizes: Sequence[int]) -> None:
+    """Load all parts of a merged parameter from one checkpoint tensor that holds them on top of each other."""
+    check_shape(loaded, [sum(sizes), *param.shape[1:]])
+    for shard_id, part in enumerate(loaded.split(list(sizes))):
+        loader(param, part, shard_id, None)
 
 
-class LinearBase(nn.Module):
+def divide(total: int, tp: TPGroup, what: str) -> int:
+    """Each rank's equal part; ModelLoadError naming `what` when there is none."""
+    if total % tp.size:
+        raise ModelLoadError(f"tensor_parallel_size={tp.size} does not divide {what}={total}; use a divisor of it")
+    return total // tp.size
+
+
+class LinearBase(Layer):
     """A weight, an optional bias, and the method that stores and applies them.
 
     in_features, out_features: of this rank.
     """
+
+    weight: nn.Parameter
 
     def __init__(self, in_features: int, out_features: int, bias: bool, context: BuildContext, prefix: str) -> None:
         super().__init__()
@@ -63,6 +75,7 @@ class LinearBase(nn.Module):
 
     def process_weights_after_loading(self) -> None:
         self.method.process_weights_after_loading(self)
+        super().process_weights_after_loading()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._apply_method(self, x, self.bias)
@@ -80,6 +93,10 @@ class ReplicatedLinear(LinearBase):
         self, in_features: int, out_features: int, *, bias: bool = False, context: BuildContext, prefix: str = ""
     ) -> None:
         super().__init__(in_features, out_features, bias, context, prefix)
+        self._set_loaders(self._load)
+
+    def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
+        load_shard(param.data, loaded, dim=0, rank=0, size=1)
 
 
 class MergedColumnParallelLinear(LinearBase):
@@ -94,19 +111,16 @@ class MergedColumnParallelLinear(LinearBase):
         context: BuildContext,
         prefix: str = "",
     ) -> None:
-        self.parts = [divide(n, context.tp.size) for n in out_features]
+        self.parts = [divide(n, context.tp, f"{prefix}.out_features") for n in out_features]
         super().__init__(in_features, sum(self.parts), bias, context, prefix)
         self._set_loaders(self._load, len(self.parts))
 
     def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
         if shard_id is None:  # all parts in one tensor
-            sizes = [part * self.tp.size for part in self.parts]
-            for i, one in enumerate(loaded.split(sizes, dim=0)):
-                self._load(param, one, i, expert_id)
+            load_parts(self._load, param, loaded, [part * self.tp.size for part in self.parts])
             return
-        start = sum(self.parts[:shard_id])
-        mine = rank_slice(loaded, 0, self.tp.rank, self.tp.size)
-        copy_checked(param.data.narrow(0, start, self.parts[shard_id]), mine)
+        part = param.data.split(self.parts)[shard_id]
+        load_shard(part, loaded, dim=0, rank=self.tp.rank, size=self.tp.size)
 
 
 class ColumnParallelLinear(MergedColumnParallelLinear):
@@ -137,25 +151,28 @@ class QKVParallelLinear(LinearBase):
     ) -> None:
         size = context.tp.size
         self.head_dim = head_dim
-        self.num_heads = divide(num_heads, size)
-        if num_kv_heads >= size:
-            self.num_kv_heads, self.kv_replicas = divide(num_kv_heads, size), 1
+        self.num_heads = divide(num_heads, context.tp, "num_attention_heads")
+        if num_heads % num_kv_heads:
+            raise ModelLoadError(f"num_key_value_heads={num_kv_heads} does not divide num_attention_heads={num_heads}")
+        if num_kv_heads < size and size % num_kv_heads == 0:
+            self.num_kv_heads, self.kv_replicas = 1, size // num_kv_heads
         else:
-            self.num_kv_heads, self.kv_replicas = 1, divide(size, num_kv_heads)
+            self.num_kv_heads, self.kv_replicas = divide(num_kv_heads, context.tp, "num_key_value_heads"), 1
         self.q_size = self.num_heads * head_dim
         self.kv_size = self.num_kv_heads * head_dim
         super().__init__(hidden_size, self.q_size + 2 * self.kv_size, bias, context, prefix)
         self._set_loaders(self._load, 3)
 
     def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
-        assert shard_id in (0, 1, 2)
+        kv_ranks = self.tp.size // self.kv_replicas
+        if shard_id is None:
+            load_parts(self._load, param, loaded, [self.q_size * self.tp.size, *[self.kv_size * kv_ranks] * 2])
+            return
+        part = param.data.split([self.q_size, self.kv_size, self.kv_size])[shard_id]
         if shard_id == 0:
-            start, length = 0, self.q_size
-            mine = rank_slice(loaded, 0, self.tp.rank, self.tp.size)
+            load_shard(part, loaded, dim=0, rank=self.tp.rank, size=self.tp.size)
         else:
-            start, length = self.q_size + (shard_id - 1) * self.kv_size, self.kv_size
-            mine = rank_slice(loaded, 0, self.tp.rank // self.kv_replicas, self.tp.size // self.kv_replicas)
-        copy_checked(param.data.narrow(0, start, length), mine)
+            load_shard(part, loaded, dim=0, rank=self.tp.rank // self.kv_replicas, size=kv_ranks)
 
 
 class RowParallelLinear(LinearBase):
@@ -164,8 +181,8 @@ class RowParallelLinear(LinearBase):
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = False, context: BuildContext, prefix: str = ""
     ) -> None:
-        super().__init__(divide(in_features, context.tp.size), out_features, bias, context, prefix)
-        set_loader(self.weight, self._load)
+        super().__init__(divide(in_features, context.tp, f"{prefix}.in_features"), out_features, bias, context, prefix)
+        self._set_loaders(self._load)
         self._adds_bias = context.tp.rank == 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -173,4 +190,7 @@ class RowParallelLinear(LinearBase):
         return out if self.tp.size == 1 else all_reduce(out, self.tp)
 
     def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
-        copy_checked(param.data, rank_slice(loaded, 1, self.tp.rank, self.tp.size))
+        if param is self.bias:
+            load_shard(param.data, loaded, dim=0, rank=0, size=1)
+        else:
+            load_shard(param.data, loaded, dim=1, rank=self.tp.rank, size=self.tp.size)

@@ -14,6 +14,7 @@ from atom.layers.build import BuildContext
 from atom.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from atom.layers.linear import QKVParallelLinear, RowParallelLinear
 from atom.layers.mlp import GatedMLP
+from atom.layers.module import Layer
 from atom.layers.norm import RMSNorm
 from atom.layers.rotary import RotaryEmbedding, get_rope
 
@@ -22,7 +23,7 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-class LlamaAttention(nn.Module):
+class LlamaAttention(Layer):
     """Projections, rotation, attention. qk_norm: RMSNorm of each query and key head before the rotation."""
 
     def __init__(
@@ -69,19 +70,18 @@ class LlamaAttention(nn.Module):
             self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, context=context)
             self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, context=context)
         self._rope = rope
-        self._split = [self.qkv_proj.q_size, self.qkv_proj.kv_size, self.qkv_proj.kv_size]
+        self._heads = [num_heads, num_kv_heads, num_kv_heads]
         self._head_dim = head_dim
 
     def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv_proj(x).split(self._split, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in (q, k, v))
+        q, k, v = self.qkv_proj(x).view(x.shape[0], -1, self._head_dim).split_with_sizes(self._heads, 1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         self._rope(positions, q, k)
         return self.o_proj(self.attn(q, k, v))
 
 
-class LlamaDecoderLayer(nn.Module):
+class LlamaDecoderLayer(Layer):
     """Pre-norm attention and MLP; the residual stream is carried beside x, added by the next norm."""
 
     def __init__(self, config: Any, index: int, rope: RotaryEmbedding, *, context: BuildContext, prefix: str) -> None:
@@ -119,7 +119,7 @@ class LlamaDecoderLayer(nn.Module):
         return self.mlp(x), residual
 
 
-class LlamaModel(nn.Module):
+class LlamaModel(Layer):
     def __init__(self, config: Any, layer_class: type[LlamaDecoderLayer], context: BuildContext) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context=context)
@@ -139,7 +139,7 @@ class LlamaModel(nn.Module):
         return x
 
 
-class LlamaForCausalLM(nn.Module):
+class LlamaForCausalLM(Layer):
     """input_ids, positions: int64 [T] -> hidden [T, hidden_size] after the last norm."""
 
     packed_modules_mapping = {

@@ -7,11 +7,12 @@ from torch import nn
 
 from atom.layers.build import BuildContext
 from atom.layers.linear import ReplicatedLinear
+from atom.layers.module import Layer
 from atom.layers.moe.fused_moe import FusedMoE
 from atom.models.llama import LlamaForCausalLM, MistralDecoderLayer
 
 
-class MixtralMoeBlock(nn.Module):
+class MixtralMoeBlock(Layer):
     def __init__(self, config: Any, *, context: BuildContext, prefix: str) -> None:
         super().__init__()
         num_experts = config.num_local_experts

@@ -8,12 +8,13 @@ from torch import nn
 from atom.layers.build import BuildContext
 from atom.layers.linear import ReplicatedLinear
 from atom.layers.mlp import GatedMLP
+from atom.layers.module import Layer
 from atom.layers.moe.fused_moe import FusedMoE
 from atom.layers.rotary import RotaryEmbedding
 from atom.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 
 
-class Qwen3MoeBlock(nn.Module):
+class Qwen3MoeBlock(Layer):
     def __init__(self, config: Any, *, context: BuildContext, prefix: str) -> None:
         super().__init__()
         self.gate = ReplicatedLinear(config.hidden_size, config.num_experts, context=context, prefix=f"{prefix}.gate")

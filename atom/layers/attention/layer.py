@@ -1,15 +1,16 @@
 """The attention layer that models use: finds its cache and this step's metadata, calls its backend."""
 
 import torch
-from torch import nn
+from torch.compiler import is_compiling
 
 from atom.forward_context import get_forward_context
 from atom.layers.attention.base import AttentionSpec, KVCache
 from atom.layers.attention.registry import select_backend
 from atom.layers.build import BuildContext
+from atom.layers.module import Layer
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Causal attention over the paged cache, for this rank's heads."""
 
     def __init__(
@@ -44,11 +45,12 @@ class Attention(nn.Module):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[T, H * D] or [T, H, D] each -> [T, num_heads * D]."""
         num_tokens = query.shape[0]
-        query = query.view(num_tokens, *self._heads)
-        key = key.view(num_tokens, *self._kv_heads)
-        value = value.view(num_tokens, *self._kv_heads)
-        output = torch.empty(num_tokens, *self._heads, dtype=query.dtype, device=query.device)
-        if torch.compiler.is_compiling():
+        if query.dim() == 2:
+            query = query.view(num_tokens, *self._heads)
+            key = key.view(num_tokens, *self._kv_heads)
+            value = value.view(num_tokens, *self._kv_heads)
+        output = query.new_empty((num_tokens, *self._heads))
+        if is_compiling():
             torch.ops.aiter.unified_attention_with_output(query, key, value, output, self.layer_name)
         else:
             self.attend(query, key, value, output)

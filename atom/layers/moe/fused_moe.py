@@ -6,10 +6,11 @@ from torch import nn
 from atom.distributed.communication import all_reduce
 from atom.kernels import get_op
 from atom.layers.build import BuildContext
-from atom.layers.linear import copy_checked, divide, rank_slice, set_loader
+from atom.layers.linear import divide, load_shard, set_loader
+from atom.layers.module import Layer
 
 
-class FusedMoE(nn.Module):
+class FusedMoE(Layer):
     """Gated experts: w13_weight [E, 2 * I, H] (gate above up), w2_weight [E, H, I]; I split over the ranks."""
 
     def __init__(
@@ -26,7 +27,7 @@ class FusedMoE(nn.Module):
         self.top_k = top_k
         self.renormalize = renormalize
         self.tp = context.tp
-        self.intermediate_size = divide(intermediate_size, self.tp.size)
+        self.intermediate_size = divide(intermediate_size, self.tp, "the experts' intermediate size")
         shape13 = (num_experts, 2 * self.intermediate_size, hidden_size)
         shape2 = (num_experts, hidden_size, self.intermediate_size)
         self.w13_weight = nn.Parameter(torch.empty(shape13, dtype=context.dtype), requires_grad=False)
@@ -45,11 +46,9 @@ class FusedMoE(nn.Module):
     def _load_w13(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
         assert shard_id in (0, 1)
         assert expert_id is not None
-        size = self.intermediate_size
-        copy_checked(
-            param.data[expert_id].narrow(0, shard_id * size, size), rank_slice(loaded, 0, self.tp.rank, self.tp.size)
-        )
+        part = param.data[expert_id].chunk(2)[shard_id]
+        load_shard(part, loaded, dim=0, rank=self.tp.rank, size=self.tp.size)
 
     def _load_w2(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
         assert expert_id is not None
-        copy_checked(param.data[expert_id], rank_slice(loaded, 1, self.tp.rank, self.tp.size))
+        load_shard(param.data[expert_id], loaded, dim=1, rank=self.tp.rank, size=self.tp.size)
