@@ -1,32 +1,54 @@
-"""Whole programs, as a user starts them, on the embedded model."""
+"""The commands on the embedded model; most in this process, which has paid for its imports."""
 
+import gc
+import io
 import json
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 
+from atom import entrypoint
+from atom.entrypoints import cli
+
 ATOM = [sys.executable, "-m", "atom.entrypoints.cli"]
 SMALL = ["--max-model-len", "256", "--max-num-seqs", "4", "--log-level", "warning", "--device", "cpu"]
+SMALL += ["--enforce-eager"]  # compiling is tested elsewhere
 
 
-def run(*command, stdin=""):
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=280)
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    def call(*argv, stdin="", main=cli.main):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        code = main(argv)
+        return Result(code, *capsys.readouterr())
+
+    yield call
+    gc.unfreeze()  # a command freezes what it has loaded: the process would end with it
+    gc.collect()
 
 
 def test_generate_streams_one_prompt():
-    prompt = "The capital of France is"
-    result = run(*ATOM, "generate", prompt, *SMALL, "--temperature", "0", "--max-tokens", "8")
+    command = [*ATOM, "generate", "The capital of France is", *SMALL, "--temperature", "0", "--max-tokens", "8"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
     assert "tokens/s" in result.stderr
 
 
-def test_generate_many_as_json_with_one_rejected():
+def test_generate_many_as_json_with_one_rejected(run):
     prompts = ["The capital of France is", "word " * 300, "-"]
-    result = run(*ATOM, "generate", *prompts, *SMALL, "--json", "--temperature=0", "--max_tokens=8", stdin="One, two,")
+    result = run("generate", *prompts, *SMALL, "--json", "--temperature=0", "--max_tokens=8", stdin="One, two,")
     assert result.returncode == 2
     outputs = [json.loads(line) for line in result.stdout.splitlines()]
     assert "Paris" in outputs[0]["outputs"][0]["text"]
@@ -36,36 +58,45 @@ def test_generate_many_as_json_with_one_rejected():
     assert "Traceback" not in result.stderr
 
 
-def test_a_single_wrong_prompt_is_one_line():
-    result = run(*ATOM, "generate", "word " * 300, *SMALL)
+def test_a_single_wrong_prompt_is_one_line(run):
+    result = run("generate", "word " * 300, *SMALL)
     assert result.returncode == 2
     assert result.stderr.startswith("atom: error: prompt has")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
 
 
-def test_module_entrypoint_with_the_guides_flags():
-    flags = ["--model", "smollm2", "--enforce-eager", "--enable_prefix_caching", "--kv_cache_dtype", "fp8"]
+def test_module_entrypoint_with_the_guides_flags(run):
+    flags = ["--model", "smollm2", "--enable_prefix_caching", "--kv_cache_dtype", "fp8"]
     flags += ["--block-size", "16", "--max-num-batched-tokens", "512", "--prompt", "One, two,", "--prompt", "Hello"]
-    result = run(sys.executable, "-m", "atom.entrypoint", *flags, *SMALL, "--max-tokens", "4")
+    result = run(*flags, *SMALL, "--max-tokens", "4", main=entrypoint.main)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Prompt: ") == result.stdout.count("Text: ") == 2
     assert "8 tokens in" in result.stderr
 
 
-def test_chat_through_pipes_remembers_and_resets():
-    lines = "My name is Bob.\nWhat is my name?\n/reset\n/unheard-of\n/exit\nnever read\n"
-    result = run(*ATOM, "chat", *SMALL, "--temperature", "0", "--max-tokens", "24", stdin=lines)
+def test_chat_through_pipes_remembers_and_resets(run):
+    lines = "Tell me a fact.\nTell me a fact.\n/reset\nTell me a fact.\n/exit\nnever read\n"
+    flags = ["--temperature", "0", "--max-tokens", "16", "--stop", "\n"]
+    result = run("chat", *SMALL, *flags, stdin=lines)
     assert result.returncode == 0, result.stderr
-    assert "Bob" in result.stdout
-    assert "never read" not in result.stdout
+    first, second, after_reset = result.stdout.splitlines()
+    assert first == after_reset
+    assert second != first
+
+
+def test_chat_commands(run):
+    lines = "/help\n/rest\n\n/system Answer in French.\n"
+    result = run("chat", *SMALL, stdin=lines)
+    assert result.stdout.startswith("/reset forgets")
+    assert "unknown command '/rest' (did you mean '/reset'?)" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["throughput", "latency"])
-def test_bench_ends_in_a_json_line(kind):
+def test_bench_ends_in_a_json_line(run, kind):
     size = ["--num-prompts", "3"] if kind == "throughput" else ["--batch-size", "2"]
     flags = [*size, "--input-len", "4-9", "--output-len", "5", "--repeat", "2"]
-    result = run(*ATOM, "bench", kind, *flags, *SMALL)
+    result = run("bench", kind, *flags, *SMALL)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["num_requests"] == (3 if kind == "throughput" else 2)
@@ -75,8 +106,8 @@ def test_bench_ends_in_a_json_line(kind):
     assert ("ttft_s" in report) == (kind == "latency")
 
 
-def test_config_has_a_memory_plan():
-    result = run(*ATOM, "config", "--json", *SMALL)
+def test_config_has_a_memory_plan(run):
+    result = run("config", "--json", *SMALL)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     plan = report["memory_plan"]

@@ -154,11 +154,11 @@ def test_metrics(llm):
 
 def test_chat_takes_one_conversation_or_many(llm):
     params = SamplingParams(temperature=0, max_tokens=24)
-    questions = ["What is the capital of France?", "What is the capital of Italy?"]
+    questions = ["What is the capital of France?", "What is 2 + 2?"]
     conversations = [[{"role": "user", "content": q}] for q in questions]
     many = texts(llm.chat(conversations, params))
     assert "Paris" in many[0]
-    assert "Rome" in many[1]
+    assert "4" in many[1]
     assert texts(llm.chat(conversations[0], params)) == many[:1]
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert llm.chat(conversations[0], params, chat_template=template)[0].prompt == questions[0]

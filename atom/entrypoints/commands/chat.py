@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from atom.entrypoints.commands.common import add_flag, add_sampling_flags, make_llm, sampling_params
 from atom.utils.errors import RequestError
+from atom.utils.strict import did_you_mean
 
 if TYPE_CHECKING:
     from atom.entrypoints.llm import LLM
     from atom.sampling_params import SamplingParams
 
+_COMMANDS = ("/reset", "/system", "/help", "/exit")
 _HELP = "/reset forgets the conversation, /system TEXT sets the system prompt and resets, /exit leaves"
 
 
@@ -64,6 +66,8 @@ class Chat:
             self._reset()
         elif text == "/help":
             print(_HELP)
+        elif text.startswith("/") and " " not in text:
+            print(f"unknown command {text!r}{did_you_mean(text, _COMMANDS)}; see /help", file=sys.stderr)
         elif text:
             self._answer(text, interactive)
         return True

@@ -1,9 +1,11 @@
 """What the command lines share: sampling flags, starting an LLM, and how errors end a program."""
 
 import argparse
+import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from atom.utils.errors import AtomError
@@ -61,10 +63,25 @@ def sampling_params(arguments: argparse.Namespace, **fixed: Any) -> "SamplingPar
 
 def make_llm(arguments: argparse.Namespace) -> "LLM":
     """An LLM from the flags of EngineArgs."""
-    from atom.entrypoints.llm import LLM
-    from atom.model_engine.arg_utils import EngineArgs
+    with quick_start():
+        from atom.entrypoints.llm import LLM
+        from atom.model_engine.arg_utils import EngineArgs
 
-    return LLM.from_engine(EngineArgs.from_cli_args(arguments).create_engine())
+        return LLM.from_engine(EngineArgs.from_cli_args(arguments).create_engine())
+
+
+@contextmanager
+def quick_start() -> Iterator[None]:
+    """Import and load without garbage collection, which takes a fifth of the time to a first token.
+
+    What then exists stays for good, so later collections needn't look at it.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def run_guarded(program: str, call: Callable[[], int]) -> int:

@@ -6,7 +6,7 @@ import json
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from atom.entrypoints.commands.common import add_flag
+from atom.entrypoints.commands.common import add_flag, quick_start
 
 if TYPE_CHECKING:
     from atom.config import Config
@@ -27,14 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from atom.model_engine.arg_utils import EngineArgs
 
-    config = EngineArgs.from_cli_args(arguments).create_config()
     plan: dict[str, Any] | None = None
-    if not arguments.no_load:
-        from atom.model_engine.engine_client import make_client
+    with quick_start():
+        config = EngineArgs.from_cli_args(arguments).create_config()
+        if not arguments.no_load:
+            from atom.model_engine.engine_client import make_client
 
-        client = make_client(config)  # may shrink limits that were left open
-        plan = client.describe()
-        client.close()
+            client = make_client(config)  # may shrink limits that were left open
+            plan = client.describe()
+            client.close()
     settings = _settings(config)
     if arguments.json:
         report = {"config": settings, "reasons": config.reasons, "inactive": config.inactive_settings()}
