@@ -76,13 +76,15 @@ def test_module_entrypoint_with_the_guides_flags(run):
 
 
 def test_chat_through_pipes_remembers_and_resets(run):
-    lines = "Tell me a fact.\nTell me a fact.\n/reset\nTell me a fact.\n/exit\nnever read\n"
+    first, then = "Name a river in France.", "Where does it end?"
+    lines = "\n".join([first, then, "/reset", then, "/reset", first, "/exit", "never read"])
     flags = ["--temperature", "0", "--max-tokens", "16", "--stop", "\n"]
     result = run("chat", *SMALL, *flags, stdin=lines)
     assert result.returncode == 0, result.stderr
-    first, second, after_reset = result.stdout.splitlines()
-    assert first == after_reset
-    assert second != first
+    answers = result.stdout.splitlines()
+    assert len(answers) == 4
+    assert answers[1] != answers[2]
+    assert answers[0] == answers[3]
 
 
 def test_chat_commands(run):
