@@ -16,10 +16,12 @@ class ForwardContext:
     attn_metadata: how this step's tokens map to requests and cache slots; None in a
         profiling run, where attention writes zeros and touches no cache.
     layers: attention layers by name, so that a custom op can find its caches.
+    graph_size: tokens the batch is padded to, when pieces run as CUDA graphs; 0 = they don't.
     """
 
     attn_metadata: "AttentionMetadata | None"
     layers: dict[str, Any] = field(default_factory=dict)
+    graph_size: int = 0
 
 
 _current: ForwardContext | None = None

@@ -5,6 +5,7 @@ else can write to it.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -31,7 +32,7 @@ class Manifest(msgspec.Struct, kw_only=True):
 
 def cache_key(facts: dict[str, Any]) -> str:
     """Hash of everything the compiled code depends on: `facts` (JSON-like) and ATOM's own sources."""
-    digest = hashlib.sha256(msgspec.json.encode(facts, order="sorted", enc_hook=repr))
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
     root = Path(__file__).parent.parent
     for folder in ("models", "layers", "kernels", "compilation"):
         for source in sorted((root / folder).rglob("*.py")):

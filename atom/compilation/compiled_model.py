@@ -12,12 +12,13 @@ from atom.compilation.cache import CompilationCache
 from atom.compilation.inductor import Compiled, compile_piece, load_piece
 from atom.compilation.plan import Piece, Plan, make_plan
 from atom.compilation.trace import tensor_at, trace_model
+from atom.forward_context import get_forward_context
 from atom.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Wraps a compiled piece in something that captures and replays it, see cuda_graph.py.
-PieceWrapper = Callable[[Compiled, bool], Compiled]
+# Runs a call of a piece as a CUDA graph, see cuda_graph.PieceGraphs: (call, arguments) -> results.
+Replayer = Callable[[Compiled, list[Any]], Any]
 
 
 class CompiledModel:
@@ -39,6 +40,12 @@ class CompiledModel:
             (_resolve(step.piece, step.op, pieces), step.inputs, step.outputs, step.dead, sorted(step.constants))
             for step in plan.steps
         ]
+        self._is_piece = [bool(step.piece) for step in plan.steps]
+        self._replayers: list[Replayer | None] = [None] * len(plan.steps)
+
+    def use_graphs(self, make_replayer: Callable[[], Replayer]) -> None:
+        """Run each call of a piece through a replayer of its own whenever the forward context has a graph size."""
+        self._replayers = [make_replayer() if is_piece else None for is_piece in self._is_piece]
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         registers = self._registers.copy()
@@ -46,12 +53,13 @@ class CompiledModel:
         for slots, value in ((self._ids, input_ids), (self._positions, positions), (self._num_tokens, num_tokens)):
             for register in slots:
                 registers[register] = value
-        for by_size, inputs, outputs, dead, constants in self._steps:
+        graph_size = get_forward_context().graph_size
+        for (by_size, inputs, outputs, dead, constants), replayer in zip(self._steps, self._replayers, strict=True):
             args = [registers[i] for i in inputs]
             for index, value in constants:
                 args.insert(index, value)
             call = by_size.get(num_tokens) or by_size[None]
-            results = call(*args)
+            results = replayer(call, args) if graph_size and replayer is not None else call(*args)
             for register, result in zip(outputs, results or (), strict=True):
                 registers[register] = result
             for register in dead:

@@ -17,6 +17,8 @@ class BuildContext:
 
     dtype: of weights and activations. kv_cache_dtype: == dtype, or the platform's float8.
     quant_config: None or an object whose get_layer_quant_config(prefix) says how a layer is stored.
+    fusable_backends: where layers take norms, activations and rotations from; None = the platform's order.
+        Plain torch when a compiler will fuse them with their neighbours.
     """
 
     dtype: torch.dtype
@@ -25,4 +27,5 @@ class BuildContext:
     max_model_len: int
     attention_backend: str = "auto"
     quant_config: "QuantizationConfig | None" = None
+    fusable_backends: tuple[str, ...] | None = None
     tp: TPGroup = field(default_factory=get_tp_group)

@@ -6,6 +6,7 @@ from torch import nn
 from atom.kernels import get_op
 from atom.layers.build import BuildContext
 from atom.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from atom.layers.module import Layer
 from atom.layers.quant.unquantized import UnquantizedLinearMethod
 from atom.utils.errors import ModelLoadError
 
@@ -18,12 +19,13 @@ class GateUpSiluLinear(MergedColumnParallelLinear):
         self._fused = not bias and isinstance(self.method, UnquantizedLinearMethod)
         self._prepare = get_op("prepare_silu_linear_weight")
         self._linear_silu_and_mul = get_op("linear_silu_and_mul")
-        self._silu_and_mul = get_op("silu_and_mul")
+        self._silu_and_mul = get_op("silu_and_mul", context.fusable_backends)
         self._intermediate_size = self.parts[0]
 
     def process_weights_after_loading(self) -> None:
         if self._fused:
             self.weight = nn.Parameter(self._prepare(self.weight.data), requires_grad=False)
+            Layer.process_weights_after_loading(self)
         else:
             super().process_weights_after_loading()
 
@@ -33,7 +35,7 @@ class GateUpSiluLinear(MergedColumnParallelLinear):
         return self._silu_and_mul(super().forward(x))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Layer):
     def __init__(
         self,
         hidden_size: int,

@@ -5,18 +5,22 @@ from collections.abc import Callable
 
 import torch
 
-from atom.config import Config
+from atom.compilation.cuda_graph import GraphDispatcher, make_capturer
+from atom.compilation.levels import build_forward
+from atom.config import Config, CUDAGraphMode
 from atom.forward_context import ForwardContext, set_forward_context
 from atom.layers.attention.layer import Attention
 from atom.layers.build import BuildContext
 from atom.layers.sampler import Sampler, SamplerOutput
 from atom.model_engine import kv_cache
+from atom.model_engine.graph_runner import GraphRunner
 from atom.model_engine.input_batch import InputBatch, StepInput
 from atom.model_engine.profiler import Profiler
 from atom.model_engine.prompt_logprobs import PromptLogprobs
 from atom.model_engine.protocol import ModelOutput, ScheduledBatch, TokenLogprobs
 from atom.model_engine.sampling import SamplingState, to_token_logprobs, worst_case_metadata
 from atom.model_loader.loader import load_model
+from atom.model_loader.progress import ProgressBar
 from atom.platforms import select_platform
 from atom.sampling_params import SamplingParams
 from atom.utils import envs
@@ -46,7 +50,7 @@ class ModelRunner:
             block_size=config.kv_cache_block_size,
             max_model_len=config.max_model_len,
             attention_backend=config.attention_backend,
-            quant_config=None,
+            fusable_backends=("torch",) if self._compiles_kernels() else None,
         )
         logger.info("platform: %s", self.platform.describe())
         started = time.perf_counter()
@@ -56,6 +60,7 @@ class ModelRunner:
         self.layers = {layer.layer_name: layer for layer in self.attention_layers}
         self.sampler = Sampler()
         self.vocab_size: int = config.hf_config.vocab_size
+        self.forward = build_forward(self.model, config, self.platform, self.device)
         self.prompt_logprobs = PromptLogprobs(self.model.compute_logits)
         self._prompt_logprob_rows: set[int] = set()
 
@@ -65,6 +70,7 @@ class ModelRunner:
             config.max_num_seqs, config.max_model_len, config.kv_cache_block_size, self.vocab_size, self.device
         )
         self.sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.device)
+        self.graph_runner = self._make_graph_runner()
         logger.info(
             "KV cache: %d blocks of %d tokens, %.2f GiB (%s)",
             plan.num_blocks,
@@ -135,8 +141,7 @@ class ModelRunner:
         """
         self._update_rows(batch)
         step = self.batch.prepare(batch)
-        with set_forward_context(ForwardContext(step.metadata, self.layers)):
-            hidden = self.model(step.input_ids, step.positions)
+        hidden = self.graph_runner.run(step)
         prompt_logprobs = self._collect_prompt_logprobs(step, hidden)
         if not len(step.sampling):
             self.batch.advance(step, None)
@@ -202,6 +207,44 @@ class ModelRunner:
             if cached.new_block_ids:
                 self.batch.append_blocks(self.batch.row_of[cached.request_id], cached.new_block_ids)
 
+    def _compiles_kernels(self) -> bool:
+        """Whether Inductor generates device code here. On a CPU our C++ kernels are fused further than it would."""
+        compilation = self.config.compilation_config
+        return compilation.level > 0 and compilation.use_inductor and self.platform.device_type != "cpu"
+
+    def _make_graph_runner(self) -> GraphRunner:
+        """Capture CUDA graphs where the platform has them; otherwise every step runs plainly."""
+        config = self.config
+        mode = config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
+        if not self.platform.has_graphs:
+            mode = CUDAGraphMode.NONE
+        sizes = [] if mode is CUDAGraphMode.NONE else config.graph_bs or []
+        runner = GraphRunner(
+            self.forward,
+            self.layers,
+            GraphDispatcher(mode, sizes),
+            make_capturer(self.platform.has_graphs),
+            max_model_len=config.max_model_len,
+            block_size=config.kv_cache_block_size,
+            copy_inputs=config.compilation_config.cudagraph_copy_inputs,
+            device=self.device,
+        )
+        if sizes:
+            started, (free_before, _) = time.perf_counter(), self.platform.memory()
+            count = len(runner.dispatcher.captures())
+            with torch.inference_mode(), ProgressBar("Capturing CUDA graphs", count, in_bytes=False) as bar:
+                runner.capture(bar.advance)
+            self.platform.synchronize()
+            logger.info(
+                "CUDA graphs: %d captured (%s, sizes %s) in %.1f s, %.2f GiB",
+                count,
+                mode.name,
+                sizes,
+                time.perf_counter() - started,
+                (free_before - self.platform.memory()[0]) / 2**30,
+            )
+        return runner
+
     def _params(self, row: int) -> SamplingParams:
         params = self.batch.params[row]
         assert params is not None
@@ -238,7 +281,7 @@ class ModelRunner:
         self.platform.reset_peak_memory()
         tokens = torch.zeros(self.config.max_num_batched_tokens, dtype=torch.int64, device=self.device)
         with set_forward_context(ForwardContext(None, self.layers)):
-            hidden = self.model(tokens, tokens)
+            hidden = self.forward(tokens, tokens)
         num_rows = min(self.config.max_num_seqs, len(hidden))
         self.sampler(self.model.compute_logits(hidden[:num_rows]), worst_case_metadata(num_rows, self.device))
         del hidden, tokens

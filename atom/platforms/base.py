@@ -14,6 +14,7 @@ class Platform(ABC):
     kernel_backends: tuple[str, ...]  # folders of atom/kernels, best first; "torch" is always last
     attention_backends: tuple[str, ...]  # names in atom/layers/attention/registry.py, best first
     fp8_dtype: torch.dtype = torch.float8_e4m3fn
+    has_graphs: bool = False  # whether device work can be captured and replayed
 
     def device(self, index: int = 0) -> torch.device:
         return torch.device(self.device_type, index) if self.device_type != "cpu" else torch.device("cpu")
@@ -25,6 +26,10 @@ class Platform(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait for the device's queued work."""
+
+    @abstractmethod
+    def chip(self) -> str:
+        """What compiled code depends on: the chip's name and instruction set."""
 
     @abstractmethod
     def describe(self) -> str:

@@ -1,6 +1,7 @@
 """CPU: the default on a fresh machine and the oracle."""
 
 import os
+from platform import machine
 
 import psutil
 import torch
@@ -20,6 +21,9 @@ class CpuPlatform(Platform):
 
     def synchronize(self) -> None:
         pass
+
+    def chip(self) -> str:
+        return f"cpu {machine()} {torch.backends.cpu.get_cpu_capability()}"
 
     def describe(self) -> str:
         free, total = self.memory()

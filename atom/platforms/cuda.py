@@ -12,6 +12,7 @@ class CudaPlatform(Platform):
     device_type = "cuda"
     kernel_backends = ("triton", "torch")
     attention_backends = ("triton", "torch")
+    has_graphs = True
     _allocated_before = 0
 
     def memory(self) -> tuple[int, int]:
@@ -20,6 +21,9 @@ class CudaPlatform(Platform):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+    def chip(self) -> str:
+        return f"{self.name} {torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"
 
     def describe(self) -> str:
         free, total = self.memory()
