@@ -1,0 +1,540 @@
+"""Attention over the paged cache.
+
+Decodes split each request's keys over several programs and merge the parts (Flash-Decoding,
+https://pytorch.org/blog/flash-decoding); longer queries run one program for a tile of query tokens
+and all query heads of a key head (FlashAttention-2, Dao 2023, https://arxiv.org/abs/2307.08691).
+Sizes are decided on the host from numbers it knows; nothing here waits for the device.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from atom.kernels.triton.launch import decode_tile, next_power_of_2, num_multiprocessors, prefill_tile
+from atom.kernels.triton.numerics import dot, round_to
+
+_LOG2_E = math.log2(math.e)
+_PROGRAMS_PER_MULTIPROCESSOR = 4  # decode programs that should be in flight
+_MAX_SPLITS = 128
+_PARTS = 16  # splits merged at a time
+
+
+@triton.jit
+def _attend_tile(
+    q,
+    top,
+    total,
+    acc,
+    keys_at,
+    query_position,
+    limit,
+    scale,
+    table,
+    k_cache,
+    v_cache,
+    k_scale,
+    v_scale,
+    kv_head,
+    stride_block,
+    stride_token,
+    stride_head,
+    scale_stride_block,
+    scale_stride_token,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SCALED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """One online-softmax step of q [M, PADDED] over the keys at positions keys_at [N].
+
+    scale includes log2(e). BOUNDED: there are no keys at positions >= limit. CAUSAL: query_position [M]
+    and the window say which keys a row sees. Returns the new (top, total, acc).
+    """
+    columns = tl.arange(0, PADDED)
+    if BOUNDED:
+        block = tl.load(table + keys_at // BLOCK_SIZE, mask=keys_at < limit, other=0).to(tl.int64)
+    else:
+        block = tl.load(table + keys_at // BLOCK_SIZE).to(tl.int64)
+    token = keys_at % BLOCK_SIZE
+    rows = block * stride_block + token * stride_token + kv_head * stride_head
+    address = rows[:, None] + columns[None, :]
+    # What lies past a request's end may be NaN: it is not read.
+    if BOUNDED:
+        inside = (keys_at < limit)[:, None] & (columns < HEAD_DIM)[None, :]
+        k = tl.load(k_cache + address, mask=inside, other=0.0)
+        v = tl.load(v_cache + address, mask=inside, other=0.0)
+    elif HEAD_DIM < PADDED:
+        k = tl.load(k_cache + address, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+        v = tl.load(v_cache + address, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    else:
+        k = tl.load(k_cache + address)
+        v = tl.load(v_cache + address)
+    scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], keys_at.shape[0]], tl.float32)) * scale
+    if SCALED:
+        at_scale = block * scale_stride_block + token * scale_stride_token + kv_head
+        scores = scores * tl.load(k_scale + at_scale, mask=keys_at < limit, other=0.0)[None, :]
+    if CAUSAL:
+        seen = (keys_at[None, :] <= query_position[:, None]) & (keys_at < limit)[None, :]
+        if WINDOW > 0:
+            seen = seen & (keys_at[None, :] > query_position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    elif BOUNDED:
+        scores = tl.where((keys_at < limit)[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # A row that has seen nothing yet must not subtract infinities.
+    reference = new_top
+    if CAUSAL:
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(scores - reference[:, None])
+    fade = tl.exp2(top - reference)
+    total = total * fade + tl.sum(p, axis=1)
+    if SCALED:
+        p = p * tl.load(v_scale + at_scale, mask=keys_at < limit, other=0.0)[None, :]
+    acc = dot(round_to(p, q.dtype), v.to(q.dtype), acc * fade[:, None])
+    return new_top, total, acc
+
+
+@triton.jit
+def _split_length(num_keys, num_splits, KEYS: tl.constexpr):
+    """Keys of one split, a multiple of KEYS: every request is cut into equal parts whatever its length."""
+    return tl.cdiv(tl.cdiv(num_keys, num_splits), KEYS) * KEYS
+
+
+@triton.jit
+def _first_key(seq_len, WINDOW: tl.constexpr):
+    """The first position that the last token sees."""
+    if WINDOW > 0:
+        first = tl.maximum(seq_len - WINDOW, 0)
+    else:
+        first = seq_len * 0
+    return first
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
+def _decode_kernel(
+    query,
+    k_cache,
+    v_cache,
+    k_scale,
+    v_scale,
+    seq_lens,
+    block_table,
+    output,
+    parts,
+    parts_log,
+    scale,
+    table_stride,
+    num_splits,
+    query_stride_token,
+    query_stride_head,
+    output_stride_token,
+    output_stride_head,
+    stride_block,
+    stride_token,
+    stride_head,
+    scale_stride_block,
+    scale_stride_token,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Program (kv_head, request, split): GROUP query heads, padded to HEADS, over the split's keys.
+
+    With SPLIT the normalized result and its log2-sum-exp2 go to parts [R, Hq, splits, D] and
+    parts_log [R, Hq, splits], else the result goes to the output.
+    """
+    kv_head = tl.program_id(0)
+    request = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    seq_len = tl.load(seq_lens + request)
+    first = _first_key(seq_len, WINDOW)
+    if SPLIT:
+        length = _split_length(seq_len - first, num_splits, KEYS)
+        begin = first + split * length
+        end = tl.minimum(begin + length, seq_len)
+        if begin >= end:
+            return
+    else:
+        begin = first
+        end = seq_len
+    group = tl.arange(0, HEADS)
+    columns = tl.arange(0, PADDED)
+    heads = kv_head * GROUP + group
+    inside = (group < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+    at_query = query + request * query_stride_token + heads[:, None] * query_stride_head + columns[None, :]
+    q = tl.load(at_query, mask=inside, other=0.0)
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, PADDED], tl.float32)
+    table = block_table + request * table_stride
+    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
+        top, total, acc = _attend_tile(
+            q,
+            top,
+            total,
+            acc,
+            start + tl.arange(0, KEYS),
+            end,
+            end,
+            scale,
+            table,
+            k_cache,
+            v_cache,
+            k_scale,
+            v_scale,
+            kv_head,
+            stride_block,
+            stride_token,
+            stride_head,
+            scale_stride_block,
+            scale_stride_token,
+            BLOCK_SIZE,
+            HEAD_DIM,
+            PADDED,
+            0,
+            SCALED,
+            True,
+            False,
+        )
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if SPLIT:
+        row = (request * tl.num_programs(0) * GROUP + heads) * num_splits + split
+        tl.store(parts_log + row, top + tl.log2(total), mask=group < GROUP)
+        tl.store(parts + row[:, None] * HEAD_DIM + columns[None, :], acc, mask=inside)
+    else:
+        target = output + request * output_stride_token + heads[:, None] * output_stride_head + columns[None, :]
+        tl.store(target, round_to(acc, output.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _merge_kernel(
+    parts,
+    parts_log,
+    seq_lens,
+    output,
+    num_splits,
+    output_stride_token,
+    output_stride_head,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Program (head, request): the weighted mean of the request's parts, PARTS at a time."""
+    head = tl.program_id(0)
+    request = tl.program_id(1).to(tl.int64)
+    seq_len = tl.load(seq_lens + request)
+    num_keys = seq_len - _first_key(seq_len, WINDOW)
+    used = tl.cdiv(num_keys, tl.maximum(_split_length(num_keys, num_splits, KEYS), 1))
+    columns = tl.arange(0, PADDED)
+    row = (request * tl.num_programs(0) + head) * num_splits
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros([PADDED], tl.float32)
+    for start in range(0, used, PARTS):
+        part = start + tl.arange(0, PARTS)
+        logs = tl.load(parts_log + row + part, mask=part < used, other=float("-inf"))
+        inside = (part < used)[:, None] & (columns < HEAD_DIM)[None, :]
+        values = tl.load(parts + (row + part)[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
+        new_top = tl.maximum(top, tl.max(logs, axis=0))
+        weights = tl.exp2(logs - new_top)
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(weights, axis=0)
+        acc = acc * fade + tl.sum(weights[:, None] * values, axis=0)
+        top = new_top
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    target = output + request * output_stride_token + head * output_stride_head + columns
+    tl.store(target, round_to(acc, output.dtype.element_ty), mask=columns < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_decodes", "num_requests"])
+def _prefill_kernel(
+    query,
+    k_cache,
+    v_cache,
+    k_scale,
+    v_scale,
+    query_start_loc,
+    seq_lens,
+    block_table,
+    output,
+    scale,
+    table_stride,
+    num_decodes,
+    num_requests,
+    query_stride_token,
+    query_stride_head,
+    output_stride_token,
+    output_stride_head,
+    stride_block,
+    stride_token,
+    stride_head,
+    scale_stride_block,
+    scale_stride_token,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SCALED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Program (tile, kv_head): ROWS // GROUP query tokens of one request, GROUP heads each.
+
+    Request r owns the tiles from query_start_loc[r] // tokens + r on (both counted from the first
+    request that is no decode), which leaves room for each one's last, partial tile.
+    """
+    TOKENS: tl.constexpr = ROWS // GROUP
+    # Causality makes the last tiles the longest: they go first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    low = num_decodes
+    high = num_requests - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        before = tl.load(query_start_loc + middle) - num_decodes
+        if before // TOKENS + middle - num_decodes <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    request = low.to(tl.int64)
+    query_start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - query_start
+    first_token = (tile - (query_start - num_decodes) // TOKENS - (low - num_decodes)) * TOKENS
+    if first_token >= query_len:
+        return
+    seq_len = tl.load(seq_lens + request)
+
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, PADDED)
+    token = first_token + rows // GROUP
+    heads = kv_head * GROUP + rows % GROUP
+    real = (rows < TOKENS * GROUP) & (token < query_len)
+    inside = real[:, None] & (columns < HEAD_DIM)[None, :]
+    flat = (query_start + token).to(tl.int64)
+    at_query = query + (flat * query_stride_token + heads * query_stride_head)[:, None] + columns[None, :]
+    q = tl.load(at_query, mask=inside, other=0.0)
+    first_position = seq_len - query_len + first_token
+    query_position = seq_len - query_len + token
+    end = tl.minimum(first_position + TOKENS, seq_len)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, PADDED], tl.float32)
+    table = block_table + request * table_stride
+
+    # Keys that every row sees need no mask; with a window all are masked, as each is short.
+    if WINDOW > 0:
+        begin = tl.maximum(first_position - WINDOW + 1, 0)
+    else:
+        begin = tl.maximum(first_position + 1, 0) // KEYS * KEYS
+        for start in tl.range(0, begin, KEYS, num_stages=STAGES):
+            top, total, acc = _attend_tile(
+                q,
+                top,
+                total,
+                acc,
+                start + tl.arange(0, KEYS),
+                query_position,
+                end,
+                scale,
+                table,
+                k_cache,
+                v_cache,
+                k_scale,
+                v_scale,
+                kv_head,
+                stride_block,
+                stride_token,
+                stride_head,
+                scale_stride_block,
+                scale_stride_token,
+                BLOCK_SIZE,
+                HEAD_DIM,
+                PADDED,
+                WINDOW,
+                SCALED,
+                False,
+                False,
+            )
+    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
+        top, total, acc = _attend_tile(
+            q,
+            top,
+            total,
+            acc,
+            start + tl.arange(0, KEYS),
+            query_position,
+            end,
+            scale,
+            table,
+            k_cache,
+            v_cache,
+            k_scale,
+            v_scale,
+            kv_head,
+            stride_block,
+            stride_token,
+            stride_head,
+            scale_stride_block,
+            scale_stride_token,
+            BLOCK_SIZE,
+            HEAD_DIM,
+            PADDED,
+            WINDOW,
+            SCALED,
+            True,
+            True,
+        )
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    target = output + (flat * output_stride_token + heads * output_stride_head)[:, None] + columns[None, :]
+    tl.store(target, round_to(acc, output.dtype.element_ty), mask=inside)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    output: torch.Tensor,
+    scale: float,
+    num_decodes: int,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int = 0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """`atom.kernels.torch.attention.paged_attention`; query and output may be strided, caches alike."""
+    num_requests = seq_lens.shape[0]
+    _, num_heads, head_dim = query.shape
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    padded = max(16, next_power_of_2(head_dim))
+    itemsize = query.element_size()
+    scaled = k_scale is not None
+    assert k_cache.stride() == v_cache.stride()
+    assert k_cache.stride(3) == query.stride(2) == output.stride(2) == block_table.stride(1) == 1
+    strides = (
+        query.stride(0),
+        query.stride(1),
+        output.stride(0),
+        output.stride(1),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        k_cache.stride(2),
+        k_scale.stride(0) if k_scale is not None else 0,
+        k_scale.stride(1) if k_scale is not None else 0,
+    )
+    scale *= _LOG2_E
+    table_stride = block_table.stride(0)
+    if num_decodes:
+        tile = decode_tile(padded, itemsize)
+        num_keys = min(max_seq_len, sliding_window) if sliding_window else max_seq_len
+        splits = num_splits(num_decodes * num_kv_heads, num_keys, num_multiprocessors(query.device))
+        parts = parts_log = None
+        if splits > 1:
+            parts = torch.empty((num_decodes, num_heads, splits, head_dim), dtype=torch.float32, device=query.device)
+            parts_log = torch.empty((num_decodes, num_heads, splits), dtype=torch.float32, device=query.device)
+        _decode_kernel[(num_kv_heads, num_decodes, splits)](
+            query,
+            k_cache,
+            v_cache,
+            k_scale,
+            v_scale,
+            seq_lens,
+            block_table,
+            output,
+            parts,
+            parts_log,
+            scale,
+            table_stride,
+            splits,
+            *strides,
+            group,
+            max(tile.rows, next_power_of_2(group)),
+            tile.columns,
+            block_size,
+            head_dim,
+            padded,
+            sliding_window,
+            scaled,
+            splits > 1,
+            tile.num_stages,
+            num_warps=tile.num_warps,
+        )
+        if splits > 1:
+            _merge_kernel[(num_heads, num_decodes)](
+                parts,
+                parts_log,
+                seq_lens,
+                output,
+                splits,
+                output.stride(0),
+                output.stride(1),
+                tile.columns,
+                head_dim,
+                padded,
+                sliding_window,
+                _PARTS,
+                num_warps=2,
+            )
+    if num_requests > num_decodes:
+        tile = prefill_tile(padded, itemsize)
+        rows, warps = tile.rows, tile.num_warps
+        if max_query_len * group <= 16:  # a few drafted tokens, or the tail of a prompt
+            rows, warps = 16, 4
+        rows = max(rows, next_power_of_2(group))
+        tokens = rows // group
+        num_tiles = (query.shape[0] - num_decodes) // tokens + num_requests - num_decodes
+        _prefill_kernel[(num_tiles, num_kv_heads)](
+            query,
+            k_cache,
+            v_cache,
+            k_scale,
+            v_scale,
+            query_start_loc,
+            seq_lens,
+            block_table,
+            output,
+            scale,
+            table_stride,
+            num_decodes,
+            num_requests,
+            *strides,
+            group,
+            rows,
+            tile.columns,
+            block_size,
+            head_dim,
+            padded,
+            sliding_window,
+            scaled,
+            tile.num_stages,
+            num_warps=warps,
+        )
+
+
+def num_splits(num_groups: int, num_keys: int, multiprocessors: int) -> int:
+    """Parts to cut each request's keys into: enough programs to fill the GPU, no part below 128 keys.
+
+    num_groups: requests x KV heads; num_keys: of the longest request.
+    """
+    wanted = multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // num_groups
+    return max(1, min(wanted, -(-num_keys // 128), _MAX_SPLITS))

@@ -1,0 +1,87 @@
+"""Launch parameters: a static table for each kind of chip, nothing is searched at run time."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+import triton
+
+# "interpret": kernels run in numpy on a CPU (TRITON_INTERPRET=1), where large tiles cost the least.
+Chip = Literal["hopper", "cdna3", "interpret"]
+CHIP: Chip = "interpret" if triton.knobs.runtime.interpret else "cdna3" if torch.version.hip else "hopper"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """rows x columns of a program's inner tile, and how the compiler should schedule it."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors or compute units of a GPU; a small number in the interpreter."""
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@cache
+def decode_tile(head_dim: int, itemsize: int) -> Tile:
+    """Query heads are padded to `rows`; `columns` keys are read at a time. head_dim is a power of two."""
+    if CHIP == "interpret":
+        return Tile(16, 64, 4, 1)
+    columns = 64 if head_dim * itemsize <= 256 else 32
+    if CHIP == "cdna3":
+        return Tile(16, columns, 4, 2 if head_dim * itemsize <= 256 else 1)
+    return Tile(16, columns, 4, 3 if itemsize <= 2 else 2)
+
+
+@cache
+def prefill_tile(head_dim: int, itemsize: int) -> Tile:
+    """rows = query tokens x heads of a group; columns = keys. head_dim is a power of two."""
+    if CHIP == "interpret":
+        return Tile(64, 64, 4, 1)
+    if itemsize > 2:  # float32 multiplies without tensor cores, in registers
+        return Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(16, 32, 4, 1)
+    if CHIP == "cdna3":  # 64 KiB of shared memory
+        return Tile(128, 64, 4, 1) if head_dim <= 128 else Tile(64, 32, 4, 1)
+    if head_dim <= 64:
+        return Tile(128, 128, 8, 3)
+    if head_dim <= 128:
+        return Tile(128, 64, 8, 3)
+    return Tile(128, 64, 8, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class GemmTile:
+    """m x n x k of a matrix product's inner tile."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def grouped_gemm_tile(rows_per_group: int, itemsize: int, num_outputs: int) -> GemmTile:
+    """rows_per_group: expected, rounded up to a power of two; num_outputs: accumulators held at once."""
+    if CHIP == "interpret":
+        return GemmTile(16, 64, 64, 4, 1)
+    if itemsize > 2:
+        return GemmTile(16, 64, 32, 4, 2 if CHIP == "hopper" else 1)
+    stages = 4 if CHIP == "hopper" else 2
+    if rows_per_group <= 16:
+        return GemmTile(16, 64, 128 if CHIP == "hopper" else 64, 4, stages)
+    if rows_per_group <= 64:
+        return GemmTile(64, 64 if num_outputs > 1 else 128, 64, 4, stages)
+    return GemmTile(128, 128 // num_outputs, 64, 8, stages if CHIP == "cdna3" else 3)

@@ -1,0 +1,132 @@
+"""RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from atom.kernels.triton.launch import next_power_of_2
+from atom.kernels.triton.numerics import round_to
+
+_TILE = 4096  # elements a program holds at least; short rows are normalized several at a time
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rms_norm_kernel(
+    x,
+    weight,
+    out,
+    num_rows,
+    num_heads,
+    stride_token,
+    stride_head,
+    eps,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Row r is head r % num_heads of token r // num_heads."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows < num_rows)[:, None] & (columns < SIZE)[None, :]
+    source = (rows // num_heads) * stride_token + (rows % num_heads) * stride_head
+    values = tl.load(x + source[:, None] + columns[None, :], mask=inside, other=0.0)
+    wide = values.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
+    gain = tl.load(weight + columns, mask=columns < SIZE, other=0.0)
+    normed = round_to(wide * factor[:, None], values.dtype).to(tl.float32) * gain.to(tl.float32)[None, :]
+    target = out + rows[:, None] * SIZE + columns[None, :]
+    tl.store(target, round_to(normed, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _add_rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    out,
+    num_rows,
+    stride_x,
+    stride_residual,
+    eps,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The sum replaces the residual; `out` may be x."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows < num_rows)[:, None] & (columns < SIZE)[None, :]
+    at_residual = residual + rows[:, None] * stride_residual + columns[None, :]
+    first = tl.load(x + rows[:, None] * stride_x + columns[None, :], mask=inside, other=0.0)
+    second = tl.load(at_residual, mask=inside, other=0.0)
+    total = round_to(first.to(tl.float32) + second.to(tl.float32), first.dtype)
+    tl.store(at_residual, total, mask=inside)
+    wide = total.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
+    gain = tl.load(weight + columns, mask=columns < SIZE, other=0.0)
+    normed = round_to(wide * factor[:, None], first.dtype).to(tl.float32) * gain.to(tl.float32)[None, :]
+    target = out + rows[:, None] * SIZE + columns[None, :]
+    tl.store(target, round_to(normed, out.dtype.element_ty), mask=inside)
+
+
+def _shape(num_rows: int, size: int) -> tuple[int, int, int]:
+    """(rows a program, padded columns, warps)."""
+    columns = next_power_of_2(size)
+    # Few rows: one each, so that all multiprocessors get some. Only two cases, so only two compilations.
+    rows = max(1, _TILE // columns) if num_rows >= 4096 else 1
+    return rows, columns, min(max(rows * columns // 512, 1), 16)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`atom.kernels.torch.norm.rms_norm`; x [..., N] may be a strided view of up to three dimensions."""
+    size = x.shape[-1]
+    if x.dim() > 3 or x.stride(-1) != 1:
+        x = x.contiguous().view(-1, size)
+    if x.dim() == 3:
+        tokens, heads = x.shape[:2]
+        stride_token, stride_head = x.stride(0), x.stride(1)
+    else:
+        tokens, heads = (x.shape[0], 1) if x.dim() == 2 else (1, 1)
+        stride_token, stride_head = (x.stride(0), 0) if x.dim() == 2 else (0, 0)
+    dtype = x.dtype if x.dtype == weight.dtype else torch.promote_types(x.dtype, weight.dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    num_rows = tokens * heads
+    if num_rows:
+        rows, columns, warps = _shape(num_rows, size)
+        _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+            x, weight, out, num_rows, heads, stride_token, stride_head, eps, size, rows, columns, num_warps=warps
+        )
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`atom.kernels.torch.norm.add_rms_norm`; writes over both inputs."""
+    size = x.shape[-1]
+    x, residual = _as_rows(x), _as_rows(residual)
+    in_place = x.dtype == weight.dtype and x.is_contiguous()
+    out = x if in_place else torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    num_rows = x.numel() // size
+    if num_rows:
+        rows, columns, warps = _shape(num_rows, size)
+        _add_rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+            x,
+            residual,
+            weight,
+            out,
+            num_rows,
+            x.stride(-2) if x.dim() > 1 else size,
+            residual.stride(-2) if residual.dim() > 1 else size,
+            eps,
+            size,
+            rows,
+            columns,
+            num_warps=warps,
+        )
+    return out, residual
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself where one stride walks its rows, else a copy."""
+    return x if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1) else x.contiguous()

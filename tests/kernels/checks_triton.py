@@ -1,0 +1,381 @@
+"""Each Triton kernel against its torch reference: one check a kernel, small cases for the interpreter, many for a GPU.
+
+A check takes the device and a case, raises AssertionError where the kernel is wrong, and returns the largest error
+relative to the largest expected value. It imports nothing but torch, triton and atom.kernels.
+"""
+
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+FN, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
+# Elementwise kernels round where the reference rounds; the order of sums and the exp2 differ.
+TOLERANCE = {FP32: 2e-5, FP16: 2e-3, BF16: 1.6e-2}
+
+
+def native_float8() -> torch.dtype:
+    """The GPU's float8: gfx942 has an encoding of its own, NVIDIA and later AMD chips the common one."""
+    arch = getattr(torch.cuda.get_device_properties(0), "gcnArchName", "") if torch.cuda.is_available() else ""
+    return FNUZ if arch.startswith("gfx94") else FN
+
+
+def ops(module: str) -> tuple[Any, Any]:
+    """(reference, triton) modules of kernels."""
+    return tuple(importlib.import_module(f"atom.kernels.{b}.{module}") for b in ("torch", "triton"))
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> float:
+    """Largest difference relative to the largest expected value; AssertionError when over the tolerance."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    assert not actual.isnan().any()
+    if not actual.numel():
+        return 0.0
+    worst = (actual.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-20)
+    limit = TOLERANCE[expected.dtype] if tolerance is None else tolerance
+    assert worst <= limit, f"error {float(worst):.2e} is over {limit:.1e}"
+    return float(worst)
+
+
+def random(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
+
+
+def check_rms_norm(device: str, shape: Sequence[int], dtype: torch.dtype, strided: bool) -> float:
+    reference, kernels = ops("norm")
+    if strided:  # the heads of a fused projection
+        wide = random(*shape[:-1], shape[-1] + 32, dtype=dtype, device=device)
+        x = wide[..., : shape[-1]]
+    else:
+        x = random(*shape, dtype=dtype, device=device)
+    weight = random(shape[-1], dtype=dtype, device=device, seed=1)
+    return error(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+
+
+def check_add_rms_norm(device: str, shape: Sequence[int], dtype: torch.dtype) -> float:
+    reference, kernels = ops("norm")
+    x, residual = (random(*shape, dtype=dtype, device=device, seed=s) for s in (0, 1))
+    weight = random(shape[-1], dtype=dtype, device=device, seed=2)
+    normed, total = reference.add_rms_norm(x, residual, weight, 1e-5)
+    got_normed, got_total = kernels.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5)
+    return max(error(got_normed, normed), error(got_total, total))
+
+
+def check_silu_and_mul(device: str, shape: Sequence[int], dtype: torch.dtype) -> float:
+    reference, kernels = ops("activation")
+    x = random(*shape[:-1], 2 * shape[-1], dtype=dtype, device=device, scale=4)
+    return error(kernels.silu_and_mul(x), reference.silu_and_mul(x))
+
+
+def check_rotary(
+    device: str,
+    tokens: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    dtype: torch.dtype,
+) -> float:
+    reference, kernels = ops("rotary")
+    num_query, num_key = heads
+    qkv = random(tokens, (num_query + 2 * num_key) * head_dim, dtype=dtype, device=device)
+    angle = torch.arange(300)[:, None] * 10000.0 ** -(torch.arange(rotary_dim // 2) / rotary_dim)
+    cache = torch.cat([angle.cos(), angle.sin()], dim=-1).float().to(device)
+    positions = torch.arange(tokens, device=device) * 7 % 300
+    got = qkv.clone()
+    for module, flat in ((reference, qkv), (kernels, got)):
+        query = flat[:, : num_query * head_dim].view(tokens, num_query, head_dim)
+        key = flat[:, num_query * head_dim : -num_key * head_dim].view(tokens, num_key, head_dim)
+        module.rotary_embedding_(positions, query, key, cache, interleaved)
+    return error(got, qkv)
+
+
+def check_store_kv(
+    device: str,
+    tokens: int,
+    num_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+) -> float:
+    reference, kernels = ops("kv_cache")
+    wide = random(tokens, 2 * num_heads * head_dim, dtype=dtype, device=device, scale=3)
+    key, value = (part.view(tokens, num_heads, head_dim) for part in wide.chunk(2, dim=-1))
+    num_blocks = tokens // block_size + 3
+    order = torch.randperm(num_blocks * block_size, generator=torch.Generator().manual_seed(0))
+    slots = order[:tokens].to(device)
+    slots[:: max(2, tokens // 3)] = -1
+    results = []
+    for module in (reference, kernels):
+        caches = [torch.zeros(num_blocks, block_size, num_heads, head_dim, device=device).to(cache_dtype) for _ in "kv"]
+        scales = [torch.zeros(num_blocks, block_size, num_heads, device=device) for _ in "kv"]
+        if cache_dtype.itemsize > 1:
+            module.store_kv(key, value, *caches, slots)
+        else:
+            module.store_kv(key, value, *caches, slots, *scales)
+        results.append([c.float() for c in caches] + scales)
+    return max(error(got, expected, 1e-6) for got, expected in zip(results[1], results[0], strict=True))
+
+
+def check_attention(
+    device: str,
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype = BF16,
+    cache_dtype: torch.dtype | None = None,
+    window: int = 0,
+    padding: int = 0,
+) -> float:
+    """Decodes first; seq_len 0 is a padding request. Slots that belong to nobody hold NaN; `padding` rows follow."""
+    reference, kernels = ops("attention")
+    num_heads, num_kv_heads = heads
+    num_decodes = len(list(itertools.takewhile(lambda n: n == 1, query_lens)))
+    tokens = sum(query_lens)
+    widest = max(1, *(-(-n // block_size) for n in seq_lens))
+    num_blocks = widest * len(seq_lens) + 1
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    table = order[1:].view(len(seq_lens), widest).to(device)
+    exists = torch.zeros(num_blocks, block_size, dtype=torch.bool)
+    for r, length in enumerate(seq_lens):
+        for block, start in zip(table[r].tolist(), range(0, length, block_size), strict=False):
+            exists[block, : length - start] = True
+    exists = exists.to(device)
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    scales: list[torch.Tensor | None] = [None, None]
+    if cache_dtype is None:
+        caches = [random(*shape, dtype=dtype, device=device, seed=s) for s in (1, 2)]
+        for cache in caches:
+            cache[~exists] = float("nan")
+    else:
+        caches = [random(*shape, dtype=FP32, device=device, scale=50, seed=s).to(cache_dtype) for s in (1, 2)]
+        scales = [torch.rand(shape[:-1], generator=torch.Generator().manual_seed(s)).to(device) / 25 for s in (1, 2)]
+        for cache, scale in zip(caches, scales, strict=True):
+            cache.view(torch.uint8)[~exists] = 0x7F if cache_dtype == FN else 0x80
+            scale[~exists] = float("nan")
+    query = random(tokens + padding, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
+    query = query[:, : num_heads * head_dim].view(-1, num_heads, head_dim)
+    starts = torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32, device=device)
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
+    results = []
+    for module in (reference, kernels):
+        output = torch.full((tokens + padding, num_heads, head_dim), 7.0, dtype=dtype, device=device)
+        module.paged_attention(
+            query,
+            *caches,
+            starts,
+            lens,
+            table,
+            output,
+            head_dim**-0.5,
+            num_decodes,
+            max(query_lens),
+            max(seq_lens),
+            window,
+            *scales,
+        )
+        assert (output[tokens:] == 7.0).all(), "rows past the last request were written"
+        results.append(output[:tokens])
+    # Probabilities are rounded to the input's type before their product with the values.
+    return error(results[1], results[0])
+
+
+def check_fused_experts(
+    device: str, tokens: int, size: int, intermediate: int, num_experts: int, choices: int, dtype: torch.dtype
+) -> float:
+    reference, kernels = ops("moe")
+    x = random(tokens, size, dtype=dtype, device=device)
+    w13 = random(num_experts, 2 * intermediate, size, dtype=dtype, device=device, scale=size**-0.5)
+    w2 = random(num_experts, size, intermediate, dtype=dtype, device=device, scale=intermediate**-0.5)
+    scores = random(tokens, num_experts, dtype=FP32, device=device, scale=2)
+    scores[:, 0] -= 100  # an expert without tokens
+    weights, ids = scores.softmax(-1).topk(choices)
+    got, expected = (m.fused_experts(x, w13, w2, weights, ids) for m in (kernels, reference))
+    return error(got, expected, {FP32: 1e-4, FP16: 5e-3, BF16: 2e-2}[dtype])
+
+
+def check_sample(
+    device: str,
+    rows: int,
+    vocab_size: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    coarse: bool = False,
+) -> float:
+    """temperature None: another one in each row, 0 among them. coarse: few values, many ties. Filters vary by row."""
+    reference, kernels = ops("sampling")
+    logits = random(rows, vocab_size, dtype=FP32, device=device, scale=3, seed=rows)
+    if coarse:
+        logits = (logits * 2).round() / 2
+    generator = torch.Generator().manual_seed(1)
+    uniform = torch.rand(rows, generator=generator).to(device)
+    heat = torch.full((rows,), 1.0 if temperature is None else temperature, device=device)
+    if temperature is None:
+        heat = torch.arange(rows, device=device) % 4 * 0.5
+    turn = torch.arange(rows, device=device) % 3  # every third row is without each filter
+    k = None if top_k is None else torch.where(turn == 0, vocab_size, top_k).to(torch.int32)
+    p = None if top_p is None else torch.where(turn == 1, 1.0, top_p).float()
+    floor = None if min_p is None else torch.where(turn == 2, 0.0, min_p).float()
+    got = kernels.sample(logits.clone(), heat, k, p, floor, uniform)
+    expected = reference.sample(logits.clone(), heat, k, p, floor, uniform)
+    assert got.dtype == torch.int64
+    assert got.shape == (rows,)
+    # Sums are rounded differently: where tokens differ, the number must lie at the border of the two.
+    for row in (got != expected).nonzero().flatten().tolist():
+        assert heat[row] > 0, f"row {row} is greedy"
+        one = [None if f is None else f[row : row + 1].cpu().expand(2) for f in (k, p, floor)]
+        near = torch.stack([uniform[row] - 1e-5, uniform[row] + 1e-5]).clamp(0, 1 - 1e-7).cpu()
+        around = reference.sample(logits[row : row + 1].cpu().expand(2, -1), heat[row].cpu().expand(2), *one, near)
+        assert int(got[row]) in around.tolist(), f"row {row}: {int(got[row])} instead of {int(expected[row])}"
+    return float((got != expected).float().mean())
+
+
+def check_sample_undefined(device: str) -> float:
+    """Rows without a distribution are greedy; -inf logits are never chosen."""
+    reference, kernels = ops("sampling")
+    logits = random(6, 5000, dtype=FP32, device=device)
+    logits[0] = -math.inf
+    logits[1, 4500] = math.nan
+    logits[2, [7, 4999]] = math.inf
+    logits[3] = -math.inf
+    logits[3, 4321] = -5.0
+    logits[4, 17] = 90.0
+    logits[5] = 0.0
+    ones = torch.ones(6, device=device)
+    uniform = torch.tensor([0.5, 0.5, 0.5, 0.999, 0.999, 1 - 2**-24], device=device)
+    for filters in ((None, None, None), (ones.int() * 3, ones * 0.9, ones * 0.01)):
+        got = kernels.sample(logits, ones, *filters, uniform)
+        assert got.tolist() == reference.sample(logits, ones, *filters, uniform).tolist()
+    return 0.0
+
+
+Case = tuple[str, Callable[..., float], tuple[Any, ...], dict[str, Any]]
+
+
+def _case(name: str, check: Callable[..., float], *args: Any, **kwargs: Any) -> Case:
+    return name, check, args, kwargs
+
+
+def small_cases() -> list[Case]:
+    """For the interpreter: each odd shape once."""
+    attention = "paged_attention"
+    return [
+        _case("rms_norm", check_rms_norm, (1, 64), BF16, False),
+        _case("rms_norm", check_rms_norm, (3, 100), FP32, True),
+        _case("rms_norm", check_rms_norm, (2, 4097), FP16, False),
+        _case("rms_norm", check_rms_norm, (5, 3, 80), BF16, True),
+        _case("rms_norm", check_rms_norm, (0, 64), BF16, False),
+        _case("add_rms_norm", check_add_rms_norm, (1, 576), BF16),
+        _case("add_rms_norm", check_add_rms_norm, (5, 1000), FP32),
+        _case("silu_and_mul", check_silu_and_mul, (1, 64), BF16),
+        _case("silu_and_mul", check_silu_and_mul, (3, 1500), FP32),
+        _case("rotary_embedding_", check_rotary, 1, (4, 2), 64, 64, False, BF16),
+        _case("rotary_embedding_", check_rotary, 5, (9, 3), 80, 32, False, FP32),
+        _case("rotary_embedding_", check_rotary, 3, (16, 1), 128, 128, True, BF16),
+        _case("store_kv", check_store_kv, 1, 1, 64, 16, BF16, BF16),
+        _case("store_kv", check_store_kv, 7, 9, 96, 1, FP32, FP32),
+        _case("store_kv", check_store_kv, 9, 2, 80, 16, FP16, FP16),
+        _case("store_kv", check_store_kv, 9, 3, 128, 16, BF16, FN),
+        _case("store_kv", check_store_kv, 5, 2, 64, 32, BF16, FNUZ),
+        # one token; block borders; many splits
+        _case(attention, check_attention, [1], [1], (4, 4), 64, 16),
+        _case(attention, check_attention, [1, 1, 1], [16, 17, 0], (4, 1), 80, 16, FP32),
+        _case(attention, check_attention, [1, 1], [300, 65], (14, 2), 64, 16, FP16, padding=2),
+        _case(attention, check_attention, [1, 1], [700, 33], (16, 1), 128, 64),
+        _case(attention, check_attention, [1], [150], (2, 2), 256, 1, FP32),
+        _case(attention, check_attention, [1, 1], [200, 40], (3, 3), 96, 16, window=50),
+        _case(attention, check_attention, [1], [130], (4, 2), 128, 32, BF16, FN),
+        # whole prompts, chunks, both with decodes
+        _case(attention, check_attention, [64], [64], (2, 2), 64, 16, FP32),
+        _case(attention, check_attention, [2, 3, 19], [2, 70, 19], (6, 2), 64, 16, FP32, padding=3),
+        _case(attention, check_attention, [1, 1, 17, 40], [33, 0, 90, 40], (8, 1), 128, 16),
+        _case(attention, check_attention, [5, 0, 20], [100, 0, 0], (7, 1), 80, 1, FP16),
+        _case(attention, check_attention, [1, 70], [60, 80], (4, 2), 64, 32, FP32, window=20),
+        _case(attention, check_attention, [1, 30], [60, 80], (4, 4), 192, 64, BF16, FN),
+        _case(attention, check_attention, [90], [90], (2, 1), 256, 16),
+        _case("fused_experts", check_fused_experts, 1, 64, 32, 4, 2, BF16),
+        _case("fused_experts", check_fused_experts, 37, 96, 80, 6, 2, FP32),
+        _case("fused_experts", check_fused_experts, 20, 64, 64, 40, 8, BF16),
+        _case("sample", check_sample, 5, 9000, None, None, None, None),
+        _case("sample", check_sample, 6, 5000, 0.8, 50, None, None),
+        _case("sample", check_sample, 6, 5000, 1.0, None, 0.9, None),
+        _case("sample", check_sample, 6, 5000, 1.3, None, None, 0.05),
+        _case("sample", check_sample, 9, 5000, None, 40, 0.8, 0.01, coarse=True),
+        _case("sample", check_sample, 6, 37, 1.0, 1, 0.0, None, coarse=True),
+        _case("sample", check_sample_undefined),
+    ]
+
+
+def full_cases(fp8: torch.dtype = FN) -> list[Case]:
+    """The grid for a GPU (or `-m slow`): every head dim, group, block size and type that models have."""
+    foreign = FN if fp8 == FNUZ else FNUZ
+    cases = [c for c in small_cases() if foreign not in c[2]]
+    for tokens, size, dtype in itertools.product((1, 17, 5000), (128, 576, 4096, 5120, 16384), (BF16, FP16, FP32)):
+        if tokens * size > 3e7 or (dtype != BF16 and size == 5120):
+            continue
+        cases.append(_case("rms_norm", check_rms_norm, (tokens, size), dtype, size == 576))
+        cases.append(_case("add_rms_norm", check_add_rms_norm, (tokens, size), dtype))
+        cases.append(_case("silu_and_mul", check_silu_and_mul, (tokens, size), dtype))
+    for tokens, dtype in itertools.product((1, 300), (BF16, FP32)):
+        cases.append(_case("rms_norm", check_rms_norm, (tokens, 32, 128), dtype, True))
+        for head_dim, rotary_dim, interleaved in (
+            (64, 64, False),
+            (80, 32, False),
+            (128, 128, True),
+            (256, 256, False),
+        ):
+            cases.append(
+                _case("rotary_embedding_", check_rotary, tokens, (32, 8), head_dim, rotary_dim, interleaved, dtype)
+            )
+        for head_dim, block_size in ((64, 1), (80, 16), (128, 16), (256, 64)):
+            for cache_dtype in (dtype, fp8):
+                cases.append(_case("store_kv", check_store_kv, tokens, 8, head_dim, block_size, dtype, cache_dtype))
+    decodes = ([1] * 5, [1, 4097, 0, 300, 1000])
+    many = ([1] * 40, [(37 * i) % 700 for i in range(40)])
+    prompts = ([2, 700, 129, 1], [2, 1500, 129, 65])
+    mixed = ([1, 1, 1, 300, 64], [1, 2000, 77, 300, 640])
+    drafts = ([1, 3, 3, 2], [900, 1000, 3, 64])
+    for lens, (head_dim, block_size) in itertools.product(
+        (decodes, prompts, mixed), ((64, 16), (80, 1), (96, 32), (128, 16), (128, 1), (192, 64), (256, 16))
+    ):
+        cases.append(_case("paged_attention", check_attention, *lens, (8, 2), head_dim, block_size))
+    for lens, heads in itertools.product((decodes, many, mixed, drafts), ((8, 8), (14, 2), (32, 8), (16, 1), (24, 1))):
+        cases.append(_case("paged_attention", check_attention, *lens, heads, 128, 16))
+    for lens, head_dim in itertools.product((decodes, mixed), (64, 128, 256)):
+        cases.append(_case("paged_attention", check_attention, *lens, (8, 2), head_dim, 16, FP16))
+        cases.append(_case("paged_attention", check_attention, *lens, (8, 2), head_dim, 16, FP32))
+        cases.append(_case("paged_attention", check_attention, *lens, (8, 2), head_dim, 16, BF16, fp8))
+        cases.append(_case("paged_attention", check_attention, *lens, (8, 2), head_dim, 16, window=333))
+    for tokens, dtype in itertools.product((1, 16, 200, 3000), (BF16, FP16, FP32)):
+        if dtype == BF16 or tokens <= 200:
+            cases.append(_case("fused_experts", check_fused_experts, tokens, 512, 384, 8, 2, dtype))
+    cases.append(_case("fused_experts", check_fused_experts, 700, 2048, 768, 128, 8, BF16))
+    for rows, vocab_size in ((1, 32000), (7, 151936), (64, 262144), (256, 49152)):
+        for k, p, floor in (
+            (None, None, None),
+            (50, None, None),
+            (None, 0.95, None),
+            (None, None, 0.05),
+            (40, 0.9, 0.02),
+        ):
+            cases.append(_case("sample", check_sample, rows, vocab_size, None, k, p, floor))
+        cases.append(_case("sample", check_sample, rows, vocab_size, 0.7, 1000, 0.99, None, coarse=True))
+    return cases
+
+
+def case_id(case: Case) -> str:
+    name, _, args, kwargs = case
+    text = [str(a).replace("torch.", "").replace(" ", "") for a in args]
+    text += [f"{key}={value}" for key, value in kwargs.items()]
+    return "-".join([name, *text])[:120]
