@@ -10,6 +10,19 @@ from atom.layers.linear import divide, load_shard, set_loader
 from atom.layers.module import Layer
 
 
+def _run_experts(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    return get_op("fused_experts")(x, w13, w2, topk_weights, topk_ids)
+
+
+# Which experts run depends on the data: compilers see one opaque op.
+_library = torch.library.Library("atom", "FRAGMENT")
+_library.define("fused_experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) -> Tensor")
+_library.impl("fused_experts", _run_experts, "CompositeExplicitAutograd")
+_library.impl("fused_experts", lambda x, *_: torch.empty_like(x), "Meta")
+
+
 class FusedMoE(Layer):
     """Gated experts: w13_weight [E, 2 * I, H] (gate above up), w2_weight [E, H, I]; I split over the ranks."""
 
@@ -41,7 +54,8 @@ class FusedMoE(Layer):
         weights, ids = torch.softmax(router_logits.float(), dim=-1).topk(self.top_k, dim=-1)
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return all_reduce(self._fused_experts(x, self.w13_weight, self.w2_weight, weights, ids), self.tp)
+        run = torch.ops.atom.fused_experts if torch.compiler.is_compiling() else self._fused_experts
+        return all_reduce(run(x, self.w13_weight, self.w2_weight, weights, ids), self.tp)
 
     def _load_w13(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
         assert shard_id in (0, 1)
