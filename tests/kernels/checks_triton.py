@@ -73,6 +73,14 @@ def check_silu_and_mul(device: str, shape: Sequence[int], dtype: torch.dtype) ->
     return error(kernels.silu_and_mul(x), reference.silu_and_mul(x))
 
 
+def check_linear_silu_and_mul(device: str, tokens: int, size: int, intermediate: int, dtype: torch.dtype) -> float:
+    reference, kernels = ops("linear")
+    x = random(tokens, size, dtype=dtype, device=device)
+    weight = random(2 * intermediate, size, dtype=dtype, device=device, scale=size**-0.5)
+    expected = reference.linear_silu_and_mul(x, reference.prepare_silu_linear_weight(weight), intermediate)
+    return error(kernels.linear_silu_and_mul(x, kernels.prepare_silu_linear_weight(weight), intermediate), expected)
+
+
 def check_rotary(
     device: str,
     tokens: int,
@@ -280,6 +288,7 @@ def small_cases() -> list[Case]:
         _case("add_rms_norm", check_add_rms_norm, (5, 1000), FP32),
         _case("silu_and_mul", check_silu_and_mul, (1, 64), BF16),
         _case("silu_and_mul", check_silu_and_mul, (3, 1500), FP32),
+        _case("linear_silu_and_mul", check_linear_silu_and_mul, 3, 64, 100, BF16),
         _case("rotary_embedding_", check_rotary, 1, (4, 2), 64, 64, False, BF16),
         _case("rotary_embedding_", check_rotary, 5, (9, 3), 80, 32, False, FP32),
         _case("rotary_embedding_", check_rotary, 3, (16, 1), 128, 128, True, BF16),

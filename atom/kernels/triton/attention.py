@@ -17,6 +17,8 @@ from atom.kernels.triton.numerics import dot, round_to
 
 _LOG2_E = math.log2(math.e)
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # decode programs that should be in flight
+_LEAST_KEYS = 128  # of a split
+_MOST_KEYS = 4096  # of a split, so that long requests don't run on alone
 _MAX_SPLITS = 128
 _PARTS = 16  # splits merged at a time
 
@@ -52,7 +54,7 @@ def _attend_tile(
 ):
     """One online-softmax step of q [M, PADDED] over the keys at positions keys_at [N].
 
-    scale includes log2(e). BOUNDED: there are no keys at positions >= limit. CAUSAL: query_position [M]
+    scale > 0 includes log2(e). BOUNDED: there are no keys at positions >= limit. CAUSAL: query_position [M]
     and the window say which keys a row sees. Returns the new (top, total, acc).
     """
     columns = tl.arange(0, PADDED)
@@ -74,7 +76,7 @@ def _attend_tile(
     else:
         k = tl.load(k_cache + address)
         v = tl.load(v_cache + address)
-    scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], keys_at.shape[0]], tl.float32)) * scale
+    scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], keys_at.shape[0]], tl.float32))
     if SCALED:
         at_scale = block * scale_stride_block + token * scale_stride_token + kv_head
         scores = scores * tl.load(k_scale + at_scale, mask=keys_at < limit, other=0.0)[None, :]
@@ -85,12 +87,12 @@ def _attend_tile(
         scores = tl.where(seen, scores, float("-inf"))
     elif BOUNDED:
         scores = tl.where((keys_at < limit)[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
     # A row that has seen nothing yet must not subtract infinities.
     reference = new_top
     if CAUSAL:
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(scores - reference[:, None])
+    p = tl.exp2(scores * scale - reference[:, None])
     fade = tl.exp2(top - reference)
     total = total * fade + tl.sum(p, axis=1)
     if SCALED:
@@ -100,9 +102,9 @@ def _attend_tile(
 
 
 @triton.jit
-def _split_length(num_keys, num_splits, KEYS: tl.constexpr):
-    """Keys of one split, a multiple of KEYS: every request is cut into equal parts whatever its length."""
-    return tl.cdiv(tl.cdiv(num_keys, num_splits), KEYS) * KEYS
+def _split_length(num_keys, num_splits, KEYS: tl.constexpr, LEAST: tl.constexpr):
+    """Keys of one split, a multiple of KEYS: a request is cut into equal parts whatever its length, not too short."""
+    return tl.cdiv(tl.maximum(tl.cdiv(num_keys, num_splits), LEAST), KEYS) * KEYS
 
 
 @triton.jit
@@ -142,6 +144,7 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
+    LEAST: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -161,7 +164,7 @@ def _decode_kernel(
     seq_len = tl.load(seq_lens + request)
     first = _first_key(seq_len, WINDOW)
     if SPLIT:
-        length = _split_length(seq_len - first, num_splits, KEYS)
+        length = _split_length(seq_len - first, num_splits, KEYS, LEAST)
         begin = first + split * length
         end = tl.minimum(begin + length, seq_len)
         if begin >= end:
@@ -228,6 +231,7 @@ def _merge_kernel(
     output_stride_token,
     output_stride_head,
     KEYS: tl.constexpr,
+    LEAST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -238,7 +242,7 @@ def _merge_kernel(
     request = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens + request)
     num_keys = seq_len - _first_key(seq_len, WINDOW)
-    used = tl.cdiv(num_keys, tl.maximum(_split_length(num_keys, num_splits, KEYS), 1))
+    used = tl.cdiv(num_keys, _split_length(num_keys, num_splits, KEYS, LEAST))
     columns = tl.arange(0, PADDED)
     row = (request * tl.num_programs(0) + head) * num_splits
     top = float("-inf")
@@ -294,15 +298,15 @@ def _prefill_kernel(
     SCALED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Program (tile, kv_head): ROWS // GROUP query tokens of one request, GROUP heads each.
+    """Program (kv_head, tile): ROWS // GROUP query tokens of one request, GROUP heads each.
 
     Request r owns the tiles from query_start_loc[r] // tokens + r on (both counted from the first
     request that is no decode), which leaves room for each one's last, partial tile.
     """
     TOKENS: tl.constexpr = ROWS // GROUP
     # Causality makes the last tiles the longest: they go first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    kv_head = tl.program_id(0)
     low = num_decodes
     high = num_requests - 1
     while low < high:
@@ -470,6 +474,7 @@ def paged_attention(
             group,
             max(tile.rows, next_power_of_2(group)),
             tile.columns,
+            _LEAST_KEYS,
             block_size,
             head_dim,
             padded,
@@ -489,6 +494,7 @@ def paged_attention(
                 output.stride(0),
                 output.stride(1),
                 tile.columns,
+                _LEAST_KEYS,
                 head_dim,
                 padded,
                 sliding_window,
@@ -503,7 +509,7 @@ def paged_attention(
         rows = max(rows, next_power_of_2(group))
         tokens = rows // group
         num_tiles = (query.shape[0] - num_decodes) // tokens + num_requests - num_decodes
-        _prefill_kernel[(num_tiles, num_kv_heads)](
+        _prefill_kernel[(num_kv_heads, num_tiles)](
             query,
             k_cache,
             v_cache,
@@ -532,9 +538,9 @@ def paged_attention(
 
 
 def num_splits(num_groups: int, num_keys: int, multiprocessors: int) -> int:
-    """Parts to cut each request's keys into: enough programs to fill the GPU, no part below 128 keys.
+    """Parts to cut each request's keys into: enough programs to fill the GPU, parts neither tiny nor long.
 
     num_groups: requests x KV heads; num_keys: of the longest request.
     """
-    wanted = multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // num_groups
-    return max(1, min(wanted, -(-num_keys // 128), _MAX_SPLITS))
+    wanted = max(multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // num_groups, -(-num_keys // _MOST_KEYS))
+    return max(1, min(wanted, -(-num_keys // _LEAST_KEYS), _MAX_SPLITS))
