@@ -222,7 +222,8 @@ def elementwise_work(tokens: int) -> Iterator[Work]:
         [lambda x=x: rms_norm(x[:, :32], head_weight, 1e-6) for x in fused],
         2 * tokens * 32 * 128 * 2,
     )
-    angles = torch.randn(40960, 128, device=DEVICE)
+    angle = torch.randn(40960, 64, device=DEVICE)
+    angles = torch.cat([angle.cos(), angle.sin()], dim=1)
     positions = torch.randint(40960, (tokens,), device=DEVICE)
     yield Work(
         f"rotary T={tokens}",
