@@ -39,7 +39,7 @@ def decode_tile(head_dim: int, itemsize: int) -> Tile:
     """Query heads are padded to `rows`; `columns` keys are read at a time. head_dim is a power of two."""
     if CHIP == "interpret":
         return Tile(16, 64, 4, 1)
-    columns = 64 if head_dim * itemsize <= 256 else 32
+    columns = 64 if head_dim * itemsize <= 256 else 32 if head_dim * itemsize <= 512 else 16
     if CHIP == "cdna3":
         return Tile(16, columns, 4, 2 if head_dim * itemsize <= 256 else 1)
     return Tile(16, columns, 4, 3 if itemsize <= 2 else 2)
