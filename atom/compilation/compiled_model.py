@@ -50,14 +50,19 @@ class CompiledModel:
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         registers = self._registers.copy()
         num_tokens = input_ids.shape[0]
-        for slots, value in ((self._ids, input_ids), (self._positions, positions), (self._num_tokens, num_tokens)):
+        given: list[tuple[list[int], Any]] = [
+            (self._ids, input_ids),
+            (self._positions, positions),
+            (self._num_tokens, num_tokens),
+        ]
+        for slots, value in given:
             for register in slots:
                 registers[register] = value
         graph_size = get_forward_context().graph_size
         for (by_size, inputs, outputs, dead, constants), replayer in zip(self._steps, self._replayers, strict=True):
             args = [registers[i] for i in inputs]
-            for index, value in constants:
-                args.insert(index, value)
+            for index, constant in constants:
+                args.insert(index, constant)
             call = by_size.get(num_tokens) or by_size[None]
             results = replayer(call, args) if graph_size and replayer is not None else call(*args)
             for register, result in zip(outputs, results or (), strict=True):
@@ -141,5 +146,6 @@ def _dump(directory: Path, plan: Plan, pieces: dict[str, Piece]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "plan.json").write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
     for key, piece in pieces.items():
-        inputs = "\n".join(f"# v{i}: {e} {p}" for i, (e, p) in enumerate(zip(piece.example_inputs, piece.real_inputs)))
+        described = zip(piece.example_inputs, piece.real_inputs, strict=True)
+        inputs = "\n".join(f"# v{i}: {e} {p}" for i, (e, p) in enumerate(described))
         (directory / f"piece_{key}.py").write_text(f"{inputs}\n{piece.graph.code}")

@@ -47,7 +47,7 @@ def trace_model(model: nn.Module, device: torch.device) -> Trace:
         torch._dynamo.mark_dynamic(tensor, 0)
     torch._dynamo.reset()
     # Attribute look-ups make hundreds of guards, and nothing they guard can change.
-    options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
     traced = torch.compile(model.forward, backend=backend, fullgraph=True, options=options)
     try:
         with torch.no_grad():

@@ -18,6 +18,9 @@ class EngineCore:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        inactive = config.inactive_settings()
+        if inactive:
+            logger.warning("not yet active: %s (see docs/status.md)", ", ".join(inactive))
         self.executor = make_executor(config)
         self.plan = self.executor.initialize()
         assert config.max_model_len is not None

@@ -1,8 +1,10 @@
 """How much memory the KV cache gets, and its tensors."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from atom.config import KVCacheConfig, KVCacheTensor
@@ -66,18 +68,23 @@ def require_blocks(available_bytes: int, block_bytes: int, needed: int, setting:
 
 
 def allocate(layers: list[Attention], num_blocks: int, device: torch.device) -> KVCacheConfig:
-    """Create each layer's cache and give it to the layer.
-
-    Zeros, not empty: on a CPU the pages are then taken only when used, and no NaN can lie in wait.
-    """
+    """Create each layer's cache and give it to the layer; zeros, so that no NaN can lie in wait."""
     tensors = []
     for index, layer in enumerate(layers):
         spec = layer.spec
         shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
         scales: list[torch.Tensor | None] = [None, None]
         if needs_scale(spec):
-            scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)]
-        k, v = (torch.zeros(shape, dtype=spec.kv_cache_dtype, device=device) for _ in range(2))
+            scales = [_zeros(shape[:-1], torch.float32, device) for _ in range(2)]
+        k, v = (_zeros(shape, spec.kv_cache_dtype, device) for _ in range(2))
         layer.kv_cache = KVCache(k, v, scales[0], scales[1])
         tensors.append(KVCacheTensor(layer_num=index, k_cache=k, v_cache=v, k_scale=scales[0], v_scale=scales[1]))
     return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=tensors)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Zero pages straight from the system: they take memory, and time, only when written.
+    flat = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(flat).view(dtype).view(shape)

@@ -7,7 +7,7 @@ import torch
 
 from atom.compilation.cuda_graph import GraphDispatcher, make_capturer
 from atom.compilation.levels import build_forward
-from atom.config import Config, CUDAGraphMode
+from atom.config import CompilationLevel, Config, CUDAGraphMode
 from atom.forward_context import ForwardContext, set_forward_context
 from atom.layers.attention.layer import Attention
 from atom.layers.build import BuildContext
@@ -43,12 +43,13 @@ class ModelRunner:
     def initialize(self) -> kv_cache.MemoryPlan:
         """Load weights, measure what a full step needs, give the rest to the cache."""
         config = self.config
+        self._settle_level()
         dtype = config.torch_dtype
         context = BuildContext(
             dtype=dtype,
             kv_cache_dtype=self.platform.fp8_dtype if config.kv_cache_dtype == "fp8" else dtype,
             block_size=config.kv_cache_block_size,
-            max_model_len=config.max_model_len,
+            max_model_len=self._max_model_len,
             attention_backend=config.attention_backend,
             fusable_backends=("torch",) if self._compiles_kernels() else None,
         )
@@ -61,13 +62,14 @@ class ModelRunner:
         self.sampler = Sampler()
         self.vocab_size: int = config.hf_config.vocab_size
         self.forward = build_forward(self.model, config, self.platform, self.device)
-        self.prompt_logprobs = PromptLogprobs(self.model.compute_logits)
+        self.compute_logits: Callable[[torch.Tensor], torch.Tensor] = self.model.compute_logits  # type: ignore[assignment]
+        self.prompt_logprobs = PromptLogprobs(self.compute_logits)
         self._prompt_logprob_rows: set[int] = set()
 
         num_blocks, plan = self.get_num_blocks()
         self.kv_cache_config = kv_cache.allocate(self.attention_layers, num_blocks, self.device)
         self.batch = InputBatch(
-            config.max_num_seqs, config.max_model_len, config.kv_cache_block_size, self.vocab_size, self.device
+            config.max_num_seqs, self._max_model_len, config.kv_cache_block_size, self.vocab_size, self.device
         )
         self.sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.device)
         self.graph_runner = self._make_graph_runner()
@@ -103,14 +105,14 @@ class ModelRunner:
             # What a step allocates is free now but not to be had by the cache.
             available = int(total * config.gpu_memory_utilization) - (total - free) - activation_bytes
             reason = f"{config.gpu_memory_utilization:g} of {total / 2**30:.1f} GiB less weights and activations"
-        full_context = -(-config.max_model_len // block_size)
+        full_context = -(-self._max_model_len // block_size)
         if config.num_kvcache_blocks > 0:
             num_blocks, reason = config.num_kvcache_blocks, "num_kvcache_blocks was given"
             kv_cache.require_blocks(max(available, free), block_bytes, num_blocks, setting)
         else:
             needed = full_context if config.is_user_set("max_model_len") else 1
             num_blocks = kv_cache.require_blocks(available, block_bytes, needed, setting)
-            useful = kv_cache.useful_blocks(config.max_num_seqs, config.max_model_len, block_size)
+            useful = kv_cache.useful_blocks(config.max_num_seqs, self._max_model_len, block_size)
             if useful < num_blocks:
                 num_blocks, reason = useful, "max_num_seqs x max_model_len can use no more"
         if num_blocks < full_context:
@@ -149,7 +151,7 @@ class ModelRunner:
         if len(step.sampling) != len(hidden):
             hidden = hidden[step.logits_indices]
         rows = step.rows[step.sampling]
-        sampled = self.sampler(self.model.compute_logits(hidden), self.sampling.build(rows))
+        sampled = self.sampler(self.compute_logits(hidden), self.sampling.build(rows))
         self.sampling.append(rows, sampled.token_ids)
         self.batch.advance(step, sampled.token_ids)
         wanted = [self._params(row).logprobs for row in rows.tolist()] if sampled.logprobs is not None else None
@@ -169,9 +171,7 @@ class ModelRunner:
             )
             if wanted is not None:
                 entries = to_token_logprobs(
-                    SamplerOutput(
-                        token_ids=token_ids, logprob_token_ids=logprob_ids, logprobs=logprobs, ranks=ranks
-                    ),
+                    SamplerOutput(token_ids=token_ids, logprob_token_ids=logprob_ids, logprobs=logprobs, ranks=ranks),
                     wanted,
                 )
                 for name, entry in zip(step.request_ids, entries, strict=True):
@@ -207,6 +207,18 @@ class ModelRunner:
             if cached.new_block_ids:
                 self.batch.append_blocks(self.batch.row_of[cached.request_id], cached.new_block_ids)
 
+    @property
+    def _max_model_len(self) -> int:
+        assert self.config.max_model_len is not None
+        return self.config.max_model_len
+
+    def _settle_level(self) -> None:
+        """A level that nobody chose is 0 on a CPU: its kernels are whole layers, and compiling takes seconds."""
+        compilation = self.config.compilation_config
+        if self.platform.device_type == "cpu" and not compilation.is_user_set("level") and compilation.level > 0:
+            compilation.level = CompilationLevel.NO_COMPILATION
+            self.config.reasons["compilation_config.level"] = "0: not chosen, and a CPU's kernels leave little to fuse"
+
     def _compiles_kernels(self) -> bool:
         """Whether Inductor generates device code here. On a CPU our C++ kernels are fused further than it would."""
         compilation = self.config.compilation_config
@@ -218,13 +230,17 @@ class ModelRunner:
         mode = config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
         if not self.platform.has_graphs:
             mode = CUDAGraphMode.NONE
+        uncapturable = {layer.backend.name for layer in self.attention_layers if not layer.backend.can_be_captured}
+        if uncapturable and mode.has_full_cudagraphs():
+            logger.warning("cudagraph_mode=%s: attention backend %s can't be captured", mode.name, uncapturable)
+            mode = mode.mixed_mode() if mode.mixed_mode() is CUDAGraphMode.PIECEWISE else CUDAGraphMode.NONE
         sizes = [] if mode is CUDAGraphMode.NONE else config.graph_bs or []
         runner = GraphRunner(
             self.forward,
             self.layers,
             GraphDispatcher(mode, sizes),
             make_capturer(self.platform.has_graphs),
-            max_model_len=config.max_model_len,
+            max_model_len=self._max_model_len,
             block_size=config.kv_cache_block_size,
             copy_inputs=config.compilation_config.cudagraph_copy_inputs,
             device=self.device,
@@ -283,7 +299,7 @@ class ModelRunner:
         with set_forward_context(ForwardContext(None, self.layers)):
             hidden = self.forward(tokens, tokens)
         num_rows = min(self.config.max_num_seqs, len(hidden))
-        self.sampler(self.model.compute_logits(hidden[:num_rows]), worst_case_metadata(num_rows, self.device))
+        self.sampler(self.compute_logits(hidden[:num_rows]), worst_case_metadata(num_rows, self.device))
         del hidden, tokens
         return self.platform.peak_memory()
 

@@ -35,7 +35,7 @@ class Platform(ABC):
     def describe(self) -> str:
         """One line for logs: which chip, how many cores or how much memory."""
 
-    def reset_peak_memory(self) -> None:
+    def reset_peak_memory(self) -> None:  # noqa: B027 - nothing to measure by default
         """Start measuring `peak_memory` here."""
 
     def peak_memory(self) -> int:

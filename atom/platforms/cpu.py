@@ -33,7 +33,10 @@ class CpuPlatform(Platform):
 def _cgroup_free(default: int) -> int:
     """Bytes a container may still take; psutil sees only the host."""
     base = "/sys/fs/cgroup"
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             with open(os.path.join(base, limit)) as f, open(os.path.join(base, used)) as g:
                 top = f.read().strip()

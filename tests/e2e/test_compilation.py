@@ -121,7 +121,7 @@ def test_debug_dump_is_readable(checkpoint, tmp_path):
     run(checkpoint, level=3, use_inductor=False, cache_dir=str(tmp_path / "c"), debug_dump_path=str(tmp_path / "dump"))
     names = {path.name for path in (tmp_path / "dump").iterdir()}
     assert "plan.json" in names
-    pieces = [path for path in (tmp_path / "dump").glob("piece_*.py")]
+    pieces = list((tmp_path / "dump").glob("piece_*.py"))
     assert 2 <= len(pieces) <= 4
     assert all("def forward" in path.read_text() for path in pieces)
 

@@ -275,12 +275,13 @@ def test_inactive_settings_are_those_the_user_set_to_something_else(model):
         port=9000,
         max_num_seqs=4,
     )
-    assert config.inactive_settings() == ["asyncio_mode=True", "port=9000", "level=2", "cudagraph_mode=FULL"]
+    assert config.inactive_settings() == ["asyncio_mode=True", "port=9000"]
 
 
 def test_inactive_settings_ignore_what_was_derived(model):
-    assert Config(model, compilation_config=CompilationConfig(level=3)).inactive_settings() == ["level=3"]
-    assert Config(model, compilation_config=CompilationConfig(level=3), enforce_eager=True).inactive_settings() == []
+    assert Config(model, parallel_config=ParallelConfig()).inactive_settings() == []
+    given = ParallelConfig(data_parallel_master_port=29600)
+    assert Config(model, parallel_config=given).inactive_settings() == ["data_parallel_master_port=29600"]
 
 
 def test_is_user_set_outlives_derivation_and_copies(model):

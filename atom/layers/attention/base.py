@@ -59,6 +59,7 @@ class AttentionBackend(ABC):
     """Stateless but for its spec; one instance a layer. One file a backend."""
 
     name: str
+    can_be_captured: bool = True  # in a CUDA graph: forward never waits for the device
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec

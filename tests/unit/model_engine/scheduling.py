@@ -6,7 +6,9 @@ from atom.model_engine.scheduler import Scheduler, SchedulerLimits
 from atom.sampling_params import SamplingParams
 
 
-def make_request(request_id: str, prompt: list[int], max_tokens: int = 8, *, salt: str = "", priority: int = 0, **params):
+def make_request(
+    request_id: str, prompt: list[int], max_tokens: int = 8, *, salt: str = "", priority: int = 0, **params
+):
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=prompt,
@@ -60,7 +62,9 @@ class FakeWorker:
         for new in batch.new_requests:
             assert new.request_id not in self.requests
             self.requests[new.request_id] = {
-                "tokens": list(new.token_ids), "blocks": list(new.block_ids), "computed": new.num_computed_tokens
+                "tokens": list(new.token_ids),
+                "blocks": list(new.block_ids),
+                "computed": new.num_computed_tokens,
             }
         for cached in batch.cached_requests:
             request = self.requests[cached.request_id]

@@ -155,9 +155,10 @@ def test_untouched_flags_are_not_the_users_choice(model):
             assert getattr(config, field.name) == getattr(untouched, field.name), field.name
 
 
-def test_a_level_that_was_given_is_reported(model, parser):
+def test_a_level_that_was_given_is_the_users_choice(model, parser):
     args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, "--level", "3"]))
-    assert args.create_config().inactive_settings() == ["level=3"]
+    assert args.create_config().compilation_config.is_user_set("level")
+    assert not EngineArgs(model=model).create_config().compilation_config.is_user_set("level")
 
 
 def test_a_field_set_afterwards_counts(model):
