@@ -1,6 +1,7 @@
 """What the command lines share: sampling flags, starting an LLM, and how errors end a program."""
 
 import argparse
+import atexit
 import gc
 import os
 import sys
@@ -81,6 +82,8 @@ def quick_start() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        # Frozen objects would outlive the interpreter's last collection, and extension modules complain of leaks.
+        atexit.register(gc.unfreeze)
         gc.enable()
 
 
