@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from atom.utils import envs
 from atom.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -117,7 +118,7 @@ def _kernel_flags(march: str) -> list[str]:
 
 
 def _compiler() -> str:
-    wanted = os.environ.get("CXX")
+    wanted = envs.CXX
     for name in (wanted,) if wanted else _COMPILERS:
         found = shutil.which(name)
         if found:
@@ -126,7 +127,7 @@ def _compiler() -> str:
 
 
 def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atom" / "kernels"
+    return Path(envs.XDG_CACHE_HOME or Path.home() / ".cache") / "atom" / "kernels"
 
 
 def _cpu_features() -> str:

@@ -14,6 +14,7 @@ namespace atom {
 namespace {
 
 constexpr int64_t kTile = 64, kSplit = 128, kTileRows = 64;
+constexpr int kFewRows = 8;  // a decode has few rows and reads each key once
 
 // How the products are computed: on floats, or on bf16 pairs where the machine has the instruction.
 struct OnFloat {
@@ -29,9 +30,9 @@ struct OnBF16 {
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// One request, KV head and run of its query tokens; a row is a (token, query head of the group).
+// A run of a request's query tokens, for one KV head or several; a row is a (token, query head of the group).
 struct Work {
-  int64_t request, kv_head, first, tokens;
+  int64_t request, head, heads, first, tokens;
   int64_t partial;  // where its splits' results lie in the shared buffer
 };
 
@@ -86,7 +87,16 @@ ATOM_INLINE __m512i load32(const f8* p, int64_t n) {
 }
 #endif
 
-// 16 keys (null = zeros) -> [steps][16][width].
+#if defined(ATOM_BF16_DOT)
+// Permutation of two vectors that pairs the first 16 values of one with those of the other.
+ATOM_INLINE __m512i interleave_low() {
+  alignas(64) static const uint16_t index[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  return _mm512_load_si512(index);
+}
+#endif
+
+// 16 keys -> [steps][16][width].
 template <class On, class C>
 void pack_keys(const C* const* keys, int64_t dim, char* out) {
   const int64_t steps = (dim + On::width - 1) / On::width;
@@ -96,11 +106,10 @@ void pack_keys(const C* const* keys, int64_t dim, char* out) {
     __m512i r[16];
 #pragma GCC unroll 16
     for (int j = 0; j < 16; ++j) {
-      if (!keys[j]) r[j] = _mm512_setzero_si512();
 #if defined(ATOM_BF16_DOT)
-      else if constexpr (std::is_same_v<On, OnBF16>) r[j] = load32(keys[j] + at, left);
+      if constexpr (std::is_same_v<On, OnBF16>) r[j] = load32(keys[j] + at, left);
 #endif
-      else if constexpr (std::is_same_v<On, OnFloat>) r[j] = (__m512i)load_some(keys[j] + at, left).r[0];
+      if constexpr (std::is_same_v<On, OnFloat>) r[j] = (__m512i)load_some(keys[j] + at, left).r[0];
     }
     transpose16(r);
 #pragma GCC unroll 16
@@ -112,29 +121,25 @@ void pack_keys(const C* const* keys, int64_t dim, char* out) {
   for (int64_t j = 0; j < 16; ++j)
     for (int64_t s = 0; s < steps; s += 16) {
       float f[16];
-      const F16x v = keys[j] ? load_some(keys[j] + s, dim - s) : splat(0.0f);
+      const F16x v = load_some(keys[j] + s, dim - s);
       memcpy(f, &v, 64);
       for (int64_t i = 0; i < std::min<int64_t>(16, steps - s); ++i) to[(s + i) * 16 + j] = f[i];
     }
 #endif
 }
 
-// keys rows (null = zeros) -> panels of 16 columns [keys / width][16][width], panel_bytes apart.
+// keys rows -> panels of 16 columns [keys / width][16][width], panel_bytes apart.
 template <class On, class C>
 void pack_values(const C* const* rows, int64_t keys, int64_t dim, int64_t panel_bytes, char* out) {
 #if defined(ATOM_BF16_DOT)
   if constexpr (std::is_same_v<On, OnBF16>) {
-    alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low_index = _mm512_load_si512(low);
-    const __m512i high_index = _mm512_add_epi16(low_index, _mm512_set1_epi16(16));
+    const __m512i low = interleave_low(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t k = 0; k < keys; k += 2) {
       for (int64_t c = 0; c < dim; c += 32) {
-        const __m512i a = rows[k] ? load32(rows[k] + c, dim - c) : _mm512_setzero_si512();
-        const __m512i b = rows[k + 1] ? load32(rows[k + 1] + c, dim - c) : _mm512_setzero_si512();
+        const __m512i a = load32(rows[k] + c, dim - c), b = load32(rows[k + 1] + c, dim - c);
         char* to = out + c / 16 * panel_bytes + k * 32;
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low_index, b));
-        if (dim - c > 16) _mm512_storeu_si512(to + panel_bytes, _mm512_permutex2var_epi16(a, high_index, b));
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
+        if (dim - c > 16) _mm512_storeu_si512(to + panel_bytes, _mm512_permutex2var_epi16(a, high, b));
       }
     }
     return;
@@ -143,10 +148,88 @@ void pack_values(const C* const* rows, int64_t keys, int64_t dim, int64_t panel_
   if constexpr (std::is_same_v<On, OnFloat>) {
     for (int64_t k = 0; k < keys; ++k)
       for (int64_t c = 0; c < dim; c += 16)
-        store16((float*)(out + c / 16 * panel_bytes) + k * 16,
-                rows[k] ? load_some(rows[k] + c, dim - c) : splat(0.0f));
+        store16((float*)(out + c / 16 * panel_bytes) + k * 16, load_some(rows[k] + c, dim - c));
   }
 }
+
+#if defined(ATOM_BF16_DOT)
+// For a few rows (a decode) packing costs more than the products: the same sums straight from the cache's rows.
+
+// `next` are rows to fetch meanwhile, line by line: a burst of fetches would hold up the arithmetic.
+template <class C, int R>
+void few_scores(const C* const* keys, const C* const* next, int64_t panels, int64_t dim, const char* query,
+                float* scores) {
+  const int64_t steps = (dim + 1) / 2;
+  for (int64_t p = 0; p < panels; ++p, keys += 16, next += 16) {
+    __m512 acc[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[r] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < steps; s += 16) {
+      __m512i t[16];
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j) {
+        t[j] = load32(keys[j] + s * 2, dim - s * 2);
+        __builtin_prefetch(next[j] + s * 2, 0, 2);
+      }
+      transpose16(t);
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j) {
+        if (s + j >= steps) break;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          int32_t pair;
+          memcpy(&pair, query + (r * steps + s + j) * 4, 4);
+          acc[r] = _mm512_dpbf16_ps(acc[r], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)t[j]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) _mm512_storeu_ps(scores + r * kTile + p * 16, acc[r]);
+  }
+}
+
+template <class C, int R>
+void few_values(const C* const* rows, const C* const* next, int64_t count, int64_t dim, const bf16* probabilities,
+                float* values, int64_t width) {
+  const __m512i low = interleave_low(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t c = 0; c < dim; c += 32) {
+    const bool two = dim - c > 16;
+    __m512 acc[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] = _mm512_loadu_ps(values + r * width + c);
+      acc[r][1] = two ? _mm512_loadu_ps(values + r * width + c + 16) : _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < count; k += 2) {
+      const __m512i a = load32(rows[k] + c, dim - c), b = load32(rows[k + 1] + c, dim - c);
+      __builtin_prefetch(next[k] + c, 0, 2);
+      __builtin_prefetch(next[k + 1] + c, 0, 2);
+      const __m512bh v0 = (__m512bh)_mm512_permutex2var_epi16(a, low, b);
+      const __m512bh v1 = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        memcpy(&pair, probabilities + r * kTile + k, 4);
+        const __m512bh p = (__m512bh)_mm512_set1_epi32(pair);
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], p, v0);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], p, v1);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      _mm512_storeu_ps(values + r * width + c, acc[r][0]);
+      if (two) _mm512_storeu_ps(values + r * width + c + 16, acc[r][1]);
+    }
+  }
+}
+
+// f(std::integral_constant<int, n>) for n in 1..kFewRows.
+template <class F, int N = 1>
+ATOM_INLINE void with_constant(int64_t n, F&& f) {
+  if (n == N) f(std::integral_constant<int, N>{});
+  else if constexpr (N < kFewRows) with_constant<F, N + 1>(n, std::forward<F>(f));
+}
+#endif
 
 ATOM_INLINE void store_probability(float* p, F16x v) { store16(p, v); }
 ATOM_INLINE void store_probability(bf16* p, F16x v) { store16(p, v); }
@@ -171,6 +254,13 @@ void merge(const State& total, const State& part, int64_t rows, int64_t width) {
   }
 }
 
+// Where a tile's keys and values lie, for head 0; keys [begin, end) of it are there. `head` is the work's first.
+template <class C>
+struct TileRows {
+  int64_t begin = 0, end = 0, head = 0;
+  const C *key[kTile], *value[kTile];
+};
+
 template <class On, class Q, class C>
 class Attention {
  public:
@@ -182,8 +272,10 @@ class Attention {
   }
 
   void run(int threads) {
-    const int64_t tile_tokens = std::max<int64_t>(1, kTileRows / group_);
+    const int64_t tile_tokens = std::max<int64_t>(1, kTileRows / group_), kv_heads = args_.kv_heads;
     max_rows_ = tile_tokens * group_;
+    // A decode that takes all heads at once reads the cache in long runs; with few requests, heads are shared out.
+    heads_ = args_.requests >= 4 * threads ? kv_heads : 1;
     static thread_local std::vector<Work> work;
     work.clear();
     int64_t cost = 0;
@@ -191,10 +283,11 @@ class Attention {
       const int64_t count = args_.query_start[r + 1] - args_.query_start[r];
       // The last tokens see the most: they come first, so that the threads end together.
       for (int64_t end = count; end > 0; end -= tile_tokens) {
-        const int64_t first = std::max<int64_t>(0, end - tile_tokens);
-        for (int64_t h = 0; h < args_.kv_heads; ++h) work.push_back({r, h, first, end - first, 0});
-        const KeyRange keys = key_range(r, first, end - first);
-        cost += (keys.end - keys.begin) * (end - first) * args_.heads * args_.dim;
+        const int64_t first = std::max<int64_t>(0, end - tile_tokens), tokens = end - first;
+        const int64_t heads = few(tokens) ? heads_ : 1;
+        for (int64_t h = 0; h < kv_heads; h += heads) work.push_back({r, h, heads, first, tokens, 0});
+        const KeyRange keys = key_range({r, 0, 1, first, tokens, 0});
+        cost += (keys.end - keys.begin) * tokens * args_.heads * args_.dim;
       }
     }
     if (work.empty()) return;
@@ -204,10 +297,10 @@ class Attention {
 
     static thread_local std::vector<Part> parts;
     parts.clear();
-    if (threads > 1 && count < 4 * threads) {
+    if (threads > 1 && heads_ == 1 && count < 4 * threads) {
       int64_t partial = 0;
       for (Work& w : work) {
-        const KeyRange keys = key_range(w.request, w.first, w.tokens);
+        const KeyRange keys = key_range(w);
         w.partial = partial;
         for (int64_t s = keys.begin / kSplit; s * kSplit < keys.end; ++s) parts.push_back({&w, s, partial++});
       }
@@ -216,7 +309,13 @@ class Attention {
     std::atomic<int64_t> next{0};
     if (parts.empty()) {
       parallel(threads, [&](int, int) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) whole(items_[i]);
+        // Known one ahead, so that its first keys can be fetched early.
+        int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+        while (i < count) {
+          const int64_t then = next.fetch_add(1, std::memory_order_relaxed);
+          whole(items_[i], then < count ? items_ + then : nullptr);
+          i = then;
+        }
       });
       return;
     }
@@ -229,22 +328,21 @@ class Attention {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
         const Part& part = first_part[i];
         const Buffers buffers(*this);
-        load_query(*part.work, buffers);
-        split(*part.work, part.index, buffers,
-              State(partials + part.partial * floats, part.work->tokens * group_));
+        load_query(*part.work, part.work->head, buffers.query);
+        split(*part.work, part.index, buffers, partials + part.partial * floats, nullptr);
       }
 #pragma omp barrier
       for (int64_t i; (i = next_merge.fetch_add(1, std::memory_order_relaxed)) < count;) {
         const Work& w = items_[i];
         const int64_t rows = w.tokens * group_;
-        const KeyRange keys = key_range(w.request, w.first, w.tokens);
+        const KeyRange keys = key_range(w);
         const Buffers buffers(*this);
         const State state(buffers.total, rows);
         clear(state, rows);
         int64_t at = w.partial;
         for (int64_t s = keys.begin / kSplit; s * kSplit < keys.end; ++s)
           merge(state, State(partials + at++ * floats, rows), rows, width_);
-        write(w, state);
+        write(w, w.head, state);
       }
     });
   }
@@ -264,28 +362,33 @@ class Attention {
   int64_t first_seen(int64_t position) const {
     return args_.window ? std::max<int64_t>(0, position - args_.window + 1) : 0;
   }
-  KeyRange key_range(int64_t request, int64_t first, int64_t tokens) const {
-    const int64_t end = std::max<int64_t>(0, position(request, first + tokens - 1) + 1);
-    return {std::min(end, first_seen(position(request, first))), end};
+  KeyRange key_range(const Work& w) const {
+    const int64_t end = std::max<int64_t>(0, position(w.request, w.first + w.tokens - 1) + 1);
+    return {std::min(end, first_seen(position(w.request, w.first))), end};
   }
+  bool few(int64_t tokens) const { return tokens * group_ <= kFewRows; }
+  int64_t query_bytes() const { return round_up(max_rows_ * steps_ * 4, 64); }
+  int64_t state_floats() const { return State::floats(max_rows_, width_); }
 
-  // A thread's own memory.
+  // A thread's own memory; the query and the two states are one a head.
   struct Buffers {
-    char *query, *keys, *values;
+    char *query, *keys, *values, *zeros;
     float *scores, *state, *total;
     typename On::Element* probabilities;
     explicit Buffers(const Attention& a) {
       static thread_local Scratch scratch;
-      const int64_t query_bytes = round_up(a.max_rows_ * a.steps_ * 4, 64), key_bytes = kTile * a.steps_ * 4;
+      const int64_t query_bytes = a.heads_ * a.query_bytes(), key_bytes = kTile * a.steps_ * 4;
       const int64_t value_bytes = kTile * a.width_ * 4, score_bytes = a.max_rows_ * kTile * 4;
-      const int64_t state_bytes = State::floats(a.max_rows_, a.width_) * 4;
-      query = (char*)scratch.get(query_bytes + key_bytes + value_bytes + 2 * score_bytes + 2 * state_bytes);
+      const int64_t state_bytes = a.heads_ * a.state_floats() * 4, zero_bytes = a.width_ * 4;
+      query = (char*)scratch.get(query_bytes + key_bytes + value_bytes + 2 * score_bytes + 2 * state_bytes + zero_bytes);
       keys = query + query_bytes;
       values = keys + key_bytes;
       scores = (float*)(values + value_bytes);
       probabilities = (typename On::Element*)((char*)scores + score_bytes);
       state = (float*)((char*)probabilities + score_bytes);
       total = state + state_bytes / 4;
+      zeros = (char*)(total + state_bytes / 4);
+      memset(zeros, 0, zero_bytes);
     }
   };
 
@@ -295,13 +398,13 @@ class Attention {
     memset(state.values, 0, rows * width_ * sizeof(float));
   }
 
-  void load_query(const Work& w, const Buffers& buffers) const {
+  void load_query(const Work& w, int64_t head, char* query) const {
     for (int64_t t = 0; t < w.tokens; ++t) {
       const int64_t token = args_.query_start[w.request] + w.first + t;
       for (int64_t g = 0; g < group_; ++g) {
         const Q* from = (const Q*)args_.query + token * args_.q_token_stride +
-                        (w.kv_head * group_ + g) * args_.q_head_stride;
-        auto* to = (typename On::Element*)(buffers.query + (t * group_ + g) * steps_ * 4);
+                        (head * group_ + g) * args_.q_head_stride;
+        auto* to = (typename On::Element*)(query + (t * group_ + g) * steps_ * 4);
         if constexpr (std::is_same_v<Q, typename On::Element>) {
           memcpy((void*)to, from, args_.dim * sizeof(Q));
           if (args_.dim % On::width) to[args_.dim] = {};
@@ -313,77 +416,137 @@ class Attention {
     }
   }
 
-  void whole(const Work& w) const {
+  void whole(const Work& w, const Work* following) const {
     const Buffers buffers(*this);
-    const int64_t rows = w.tokens * group_;
-    const KeyRange keys = key_range(w.request, w.first, w.tokens);
+    const int64_t rows = w.tokens * group_, floats = state_floats();
+    const KeyRange keys = key_range(w);
     const int64_t first = keys.begin / kSplit, last = (keys.end + kSplit - 1) / kSplit;
-    load_query(w, buffers);
-    const State part(buffers.state, rows), total(buffers.total, rows);
-    if (last - first == 1) {
-      split(w, first, buffers, part);
-      return write(w, part);
+    const bool one = last - first == 1;
+    for (int64_t h = 0; h < w.heads; ++h) {
+      load_query(w, w.head + h, buffers.query + h * query_bytes());
+      if (!one) clear(State(buffers.total + h * floats, rows), rows);
     }
-    clear(total, rows);
     for (int64_t s = first; s < last; ++s) {
-      split(w, s, buffers, part);
-      merge(total, part, rows, width_);
+      split(w, s, buffers, buffers.state, following);
+      for (int64_t h = 0; h < w.heads && !one; ++h)
+        merge(State(buffers.total + h * floats, rows), State(buffers.state + h * floats, rows), rows, width_);
     }
-    write(w, total);
+    for (int64_t h = 0; h < w.heads; ++h)
+      write(w, w.head + h, State((one ? buffers.state : buffers.total) + h * floats, rows));
   }
 
-  // The keys of one split, into a fresh state.
-  void split(const Work& w, int64_t index, const Buffers& buffers, const State& state) const {
+  // The keys of one split, into fresh states, one a head. `following` is the work after this, if known.
+  void split(const Work& w, int64_t index, const Buffers& buffers, float* states, const Work* following) const {
     const int64_t rows = w.tokens * group_;
-    const KeyRange keys = key_range(w.request, w.first, w.tokens);
-    clear(state, rows);
+    const KeyRange keys = key_range(w);
+    for (int64_t h = 0; h < w.heads; ++h) clear(State(states + h * state_floats(), rows), rows);
     const int64_t end = std::min(keys.end, (index + 1) * kSplit);
-    for (int64_t start = std::max(index * kSplit, keys.begin / kTile * kTile); start < end; start += kTile)
-      tile(w, start, std::max(start, keys.begin), std::min(end, start + kTile), buffers, state);
+    const bool ahead = few(w.tokens);
+    TileRows<C> rows_now, rows_next;
+    const int64_t first = std::max(index * kSplit, keys.begin / kTile * kTile);
+    if (first < end) locate(w, first, rows_now);
+    for (int64_t start = first; start < end; start += kTile) {
+      rows_next.begin = rows_next.end = 0;
+      if (start + kTile < end || (ahead && start + kTile < keys.end)) locate(w, start + kTile, rows_next);
+      else if (ahead && following && following->heads == w.heads)
+        locate(*following, key_range(*following).begin / kTile * kTile, rows_next);
+      for (int64_t h = 0; h < w.heads; ++h)
+        tile(w, h, start, rows_now, rows_next, buffers, buffers.query + h * query_bytes(),
+             State(states + h * state_floats(), rows));
+      rows_now = rows_next;
+    }
   }
 
-  // Keys [begin, end) of the tile that starts at `start`.
-  void tile(const Work& w, int64_t start, int64_t begin, int64_t end, const Buffers& buffers,
-            const State& state) const {
-    const int64_t rows = w.tokens * group_, panels = (end - start + 15) / 16;
+  void locate(const Work& w, int64_t start, TileRows<C>& rows) const {
+    const KeyRange keys = key_range(w);
     const int32_t* blocks = args_.block_table + w.request * args_.block_table_stride;
+    const int64_t begin = std::max(start, keys.begin), end = std::min(start + kTile, keys.end);
+    const int64_t size = args_.block_size;
+    for (int64_t at = begin; at < end;) {  // runs of keys in one block
+      const int64_t block = blocks[at / size], offset = at % size, count = std::min(end - at, size - offset);
+      const C* key = (const C*)args_.k.data + block * args_.k.block_stride + offset * args_.k.slot_stride;
+      const C* value = (const C*)args_.v.data + block * args_.v.block_stride + offset * args_.v.slot_stride;
+      for (int64_t i = 0; i < count; ++i) {
+        rows.key[at - start + i] = key + i * args_.k.slot_stride;
+        rows.value[at - start + i] = value + i * args_.v.slot_stride;
+      }
+      at += count;
+    }
+    rows.head = w.head;
+    rows.begin = begin - start;
+    rows.end = std::max(begin, end) - start;
+  }
+
+  // A head's rows of a tile; zeros where the tile has none.
+  void head_rows(const TileRows<C>& rows, int64_t head, int64_t panels, const char* zeros, const C** keys,
+                 const C** values) const {
+    for (int64_t j = 0; j < panels * 16; ++j) keys[j] = values[j] = (const C*)zeros;
+    for (int64_t j = rows.begin; j < rows.end; ++j) {
+      keys[j] = rows.key[j] + head * args_.k.head_stride;
+      values[j] = rows.value[j] + head * args_.v.head_stride;
+    }
+  }
+
+  void scales(const Work& w, const Cache& cache, int64_t head, int64_t start, const TileRows<C>& rows, float* out) const {
+    memset(out, 0, kTile * sizeof(float));
+    const int32_t* blocks = args_.block_table + w.request * args_.block_table_stride;
+    for (int64_t j = rows.begin; j < rows.end; ++j)
+      out[j] = cache.scale[blocks[(start + j) / args_.block_size] * cache.scale_block_stride +
+                           (start + j) % args_.block_size * cache.scale_slot_stride + head * cache.scale_head_stride];
+  }
+
+  // The share of the work's head h in the tile that starts at key `start`; the next tile's rows are fetched meanwhile.
+  void tile(const Work& w, int64_t h, int64_t start, const TileRows<C>& rows_now, const TileRows<C>& rows_next,
+            const Buffers& buffers, const char* query, const State& state) const {
+    const int64_t rows = w.tokens * group_, panels = (rows_now.end + 15) / 16, head = w.head + h;
     const C *keys[kTile], *values[kTile];
     alignas(64) float key_scale[kTile], value_scale[kTile];
-    int64_t block = begin / args_.block_size, offset = begin % args_.block_size;
-    for (int64_t j = 0; j < panels * 16; ++j) {
-      if (start + j < begin || start + j >= end) {
-        keys[j] = values[j] = nullptr;
-        key_scale[j] = value_scale[j] = 0.0f;
-        continue;
-      }
-      const int64_t b = blocks[block];
-      keys[j] = (const C*)args_.k.data + b * args_.k.block_stride + offset * args_.k.slot_stride +
-                w.kv_head * args_.k.head_stride;
-      values[j] = (const C*)args_.v.data + b * args_.v.block_stride + offset * args_.v.slot_stride +
-                  w.kv_head * args_.v.head_stride;
-      if (args_.k.scale) {
-        key_scale[j] = args_.k.scale[b * args_.k.scale_block_stride + offset * args_.k.scale_slot_stride +
-                                     w.kv_head * args_.k.scale_head_stride];
-        value_scale[j] = args_.v.scale[b * args_.v.scale_block_stride + offset * args_.v.scale_slot_stride +
-                                       w.kv_head * args_.v.scale_head_stride];
-      }
-      if (++offset == args_.block_size) offset = 0, ++block;
+    head_rows(rows_now, head, panels, buffers.zeros, keys, values);
+    if (args_.k.scale) {
+      scales(w, args_.k, head, start, rows_now, key_scale);
+      scales(w, args_.v, head, start, rows_now, value_scale);
     }
+#if defined(ATOM_BF16_DOT)
+    if constexpr (std::is_same_v<On, OnBF16>) {
+      if (few(w.tokens)) {
+        const C *next_keys[kTile], *next_values[kTile];
+        head_rows(rows_next, rows_next.head + h, kTile / 16, buffers.zeros, next_keys, next_values);
+        with_constant(rows, [&](auto r) {
+          few_scores<C, r()>(keys, next_keys, panels, args_.dim, query, buffers.scores);
+        });
+        softmax(w, start, panels, buffers, state, key_scale, value_scale);
+        with_constant(rows, [&](auto r) {
+          few_values<C, r()>(values, next_values, panels * 16, args_.dim, buffers.probabilities, state.values, width_);
+        });
+        for (int64_t j = panels * 16; j < rows_next.end; ++j)
+          for (int64_t c = 0; c < args_.dim; c += 64 / (int64_t)sizeof(C)) {
+            __builtin_prefetch(next_keys[j] + c, 0, 2);
+            __builtin_prefetch(next_values[j] + c, 0, 2);
+          }
+        return;
+      }
+    }
+#endif
     const int64_t key_panel = steps_ * 64, value_panel = kTile * 4 * 16 / On::width;
     for (int64_t p = 0; p < panels; ++p)
       pack_keys<On>(keys + p * 16, args_.dim, buffers.keys + p * key_panel);
     pack_values<On>(values, panels * 16, args_.dim, value_panel, buffers.values);
+    multiply<typename On::Step>({steps_, query, steps_ * 4, buffers.keys, key_panel, buffers.scores, kTile,
+                                 false, nullptr}, rows, panels);
+    softmax(w, start, panels, buffers, state, key_scale, value_scale);
+    multiply<typename On::Step>({panels * 16 / On::width, (const char*)buffers.probabilities,
+                                 kTile * (int64_t)sizeof(typename On::Element), buffers.values, value_panel,
+                                 state.values, width_, true, nullptr}, rows, width_ / 16);
+  }
 
-    Tile t{steps_, buffers.query, steps_ * 4, buffers.keys, key_panel, buffers.scores, kTile, false, nullptr};
-    multiply<typename On::Step>(t, rows, panels, nullptr);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t last = position(w.request, w.first + r / group_), first = first_seen(last);
-      softmax_row(buffers, state, r, panels, first - start, last - start,
-                  args_.k.scale ? key_scale : nullptr, value_scale);
+  void softmax(const Work& w, int64_t start, int64_t panels, const Buffers& buffers, const State& state,
+               const float* key_scale, const float* value_scale) const {
+    for (int64_t t = 0, r = 0; t < w.tokens; ++t) {
+      const int64_t last = position(w.request, w.first + t), first = first_seen(last);
+      for (int64_t g = 0; g < group_; ++g, ++r)
+        softmax_row(buffers, state, r, panels, first - start, last - start, args_.k.scale ? key_scale : nullptr,
+                    value_scale);
     }
-    t = {panels * 16 / On::width, (const char*)buffers.probabilities, kTile * (int64_t)sizeof(typename On::Element),
-         buffers.values, value_panel, state.values, width_, true, nullptr};
-    multiply<typename On::Step>(t, rows, width_ / 16, nullptr);
   }
 
   // Scores of a row -> probabilities relative to the new maximum; what was summed before is rescaled to it.
@@ -428,10 +591,10 @@ class Attention {
     return x;
   }
 
-  void write(const Work& w, const State& state) const {
+  void write(const Work& w, int64_t head, const State& state) const {
     for (int64_t r = 0; r < w.tokens * group_; ++r) {
       const int64_t token = args_.query_start[w.request] + w.first + r / group_;
-      Q* out = (Q*)args_.output + token * args_.o_token_stride + (w.kv_head * group_ + r % group_) * args_.o_head_stride;
+      Q* out = (Q*)args_.output + token * args_.o_token_stride + (head * group_ + r % group_) * args_.o_head_stride;
       const float sum = lane_sum(load16(state.sum + r * 16));
       const F16x factor = splat(sum == 0.0f ? 0.0f : 1.0f / sum);
       for (int64_t c = 0; c < args_.dim; c += 16)
@@ -441,7 +604,7 @@ class Attention {
 
   const AttentionArgs& args_;
   const Work* items_ = nullptr;
-  int64_t group_, width_, steps_, max_rows_ = 0;
+  int64_t group_, width_, steps_, max_rows_ = 0, heads_ = 1;
   float log2_scale_;
 };
 

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -40,7 +41,9 @@ typedef int32_t RegI __attribute__((vector_size(kVectorBytes), may_alias, aligne
 struct bf16 {
   uint16_t bits;
 };
-typedef _Float16 f16;
+struct f16 {
+  uint16_t bits;
+};
 struct f8 {
   uint8_t bits;
 };
@@ -60,7 +63,14 @@ ATOM_INLINE F16x operator+(F16x a, F16x b) { ATOM_EACH a.r[i] += b.r[i]; return 
 ATOM_INLINE F16x operator-(F16x a, F16x b) { ATOM_EACH a.r[i] -= b.r[i]; return a; }
 ATOM_INLINE F16x operator*(F16x a, F16x b) { ATOM_EACH a.r[i] *= b.r[i]; return a; }
 ATOM_INLINE F16x operator/(F16x a, F16x b) { ATOM_EACH a.r[i] /= b.r[i]; return a; }
-ATOM_INLINE F16x max(F16x a, F16x b) { ATOM_EACH a.r[i] = a.r[i] > b.r[i] ? a.r[i] : b.r[i]; return a; }
+ATOM_INLINE F16x max(F16x a, F16x b) {  // b where either is NaN
+#if defined(ATOM_AVX512)
+  a.r[0] = (RegF)_mm512_max_ps((__m512)a.r[0], (__m512)b.r[0]);
+#else
+  ATOM_EACH a.r[i] = a.r[i] > b.r[i] ? a.r[i] : b.r[i];
+#endif
+  return a;
+}
 ATOM_INLINE F16x abs(F16x a) {
   ATOM_EACH a.r[i] = (RegF)((RegI)a.r[i] & 0x7fffffff);
   return a;
@@ -77,6 +87,23 @@ ATOM_INLINE uint16_t float_to_bf16(float f) {
   memcpy(&u, &f, 4);
   if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 64);
   return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+#if defined(__aarch64__)
+typedef __fp16 NativeHalf;
+#else
+typedef _Float16 NativeHalf;
+#endif
+ATOM_INLINE float f16_to_float(uint16_t b) {
+  NativeHalf h;
+  memcpy(&h, &b, 2);
+  return float(h);
+}
+ATOM_INLINE uint16_t float_to_f16(float f) {
+  const NativeHalf h = NativeHalf(f);
+  uint16_t b;
+  memcpy(&b, &h, 2);
+  return b;
 }
 
 ATOM_INLINE F16x load16(const float* p) {
@@ -115,7 +142,7 @@ ATOM_INLINE F16x load16(const f16* p) {
   for (int i = 0; i < 2; ++i) o.r[i] = (RegF)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
 #else
   float f[16];
-  for (int i = 0; i < 16; ++i) f[i] = float(p[i]);
+  for (int i = 0; i < 16; ++i) f[i] = f16_to_float(p[i].bits);
   memcpy(&o, f, 64);
 #endif
   return o;
@@ -129,7 +156,7 @@ ATOM_INLINE void store16(f16* p, F16x v) {
 #else
   float f[16];
   memcpy(f, &v, 64);
-  for (int i = 0; i < 16; ++i) p[i] = f16(f[i]);
+  for (int i = 0; i < 16; ++i) p[i].bits = float_to_f16(f[i]);
 #endif
 }
 // e4m3fn: its bits as a float's are the value times 2^-120, subnormals included.
@@ -187,24 +214,35 @@ ATOM_INLINE float lane_max(F16x v) {
 #endif
 }
 
-// 2^x to about 2e-7 relative, 0 from -127 down, 2^127 from 127 up, NaN for NaN.
+// 2^x to about 2e-7 relative; 0 for very small x, at least 2^127 (or infinity) for very large, NaN for NaN.
 ATOM_INLINE F16x exp2(F16x x) {
   F16x o;
   ATOM_EACH {
+#if defined(ATOM_AVX512)
+    const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x.r[i]);
+    const __m512 n = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    // Infinity minus infinity would be NaN.
+    const RegF f = (RegF)_mm512_min_ps(_mm512_set1_ps(0.5f), _mm512_sub_ps(v, n));
+#else
     RegF v = x.r[i];
     v = v < -127.0f ? -127.0f - RegF{} : v;
     v = v > 127.0f ? 127.0f - RegF{} : v;
     const RegF magic = 12582912.0f - RegF{};  // 1.5 * 2^23: adding it rounds to an integer
-    RegF shifted = v + magic;
-    RegF f = v - (shifted - magic);
-    RegI exponent = ((RegI)shifted - 0x4b400000 + 127) << 23;
+    const RegF shifted = v + magic;
+    const RegF f = v - (shifted - magic);
+    const RegF power = (RegF)(((RegI)shifted - 0x4b400000 + 127) << 23);
+#endif
     RegF p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
     p = p * f + 9.618437357674640e-3f;
     p = p * f + 5.550332471162809e-2f;
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.0f;
-    o.r[i] = p * (RegF)exponent;
+#if defined(ATOM_AVX512)
+    o.r[i] = (RegF)_mm512_scalef_ps((__m512)p, n);
+#else
+    o.r[i] = p * power;
+#endif
   }
   return o;
 }

@@ -7,7 +7,7 @@
 namespace atom {
 namespace {
 
-constexpr int64_t kGroup = 4;         // panels that share one tile of results
+constexpr int64_t kGroup = 4;          // panels that share one tile of results
 constexpr int64_t kBlockSteps = 1024; // of K (4 KiB a row of A, 64 KiB a panel): what stays in the L2 cache
 constexpr int64_t kMaxBlockRows = 192;
 
@@ -79,7 +79,7 @@ void linear_block(const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int
         t.accumulate = s > 0;
         const char* next = s + block_steps < steps ? t.b + block_steps * Step::bytes
                                                    : packed + (p + kGroup) * panel_bytes;
-        multiply<Step>(t, rows, panels, next);
+        multiply_streaming<Step>(t, rows, panels, next);
       }
       if (args.out_type == DType::f32) epilogue<float>(args, tile, row, rows, p, panels);
       else if (args.out_type == DType::bf16) epilogue<bf16>(args, tile, row, rows, p, panels);

@@ -21,7 +21,7 @@ struct Tile {
   float* c;
   int64_t c_stride;     // floats
   bool accumulate;      // else C starts from zero
-  const char* prefetch; // one cache line a step is fetched from here; null: the panels' own next lines
+  const char* prefetch; // what to fetch meanwhile, see Prefetch
 };
 
 // How a step of B looks: F32 and F16 have one value a column, BF16 has two (and A two floats or a bf16 pair).
@@ -41,12 +41,11 @@ struct StepBF16 {
 };
 #endif
 
-template <class Step>
-ATOM_INLINE void multiply_step(F16x& c, const char* a, F16x b);
+// Every step may fetch a line from each of one or two panels that come later, or its own panels' lines ahead.
+enum class Prefetch { none, ahead, one, two };
+constexpr int kAheadBytes = 1024;
 
-constexpr int kPrefetchBytes = 2048;
-
-template <class Step, int MR, int NR, bool kStream>
+template <class Step, int MR, int NR, Prefetch kPrefetch>
 void micro_kernel(const Tile& t) {
   const int64_t steps = t.steps, a_stride = t.a_stride, panel = t.panel_bytes;
   const char* a = t.a;
@@ -59,11 +58,12 @@ void micro_kernel(const Tile& t) {
     for (int j = 0; j < NR; ++j) acc[i][j] = t.accumulate ? load16(t.c + i * t.c_stride + j * 16) : splat(0.0f);
 
   for (int64_t s = 0; s < steps; ++s) {
-    if constexpr (kStream) {
+    if constexpr (kPrefetch == Prefetch::ahead) {
 #pragma GCC unroll 4
-      for (int j = 0; j < NR; ++j) __builtin_prefetch(b + j * panel + kPrefetchBytes, 0, 3);
-    } else {
+      for (int j = 0; j < NR; ++j) __builtin_prefetch(b + j * panel + kAheadBytes, 0, 2);
+    } else if constexpr (kPrefetch != Prefetch::none) {
       __builtin_prefetch(prefetch, 0, 2);
+      if constexpr (kPrefetch == Prefetch::two) __builtin_prefetch(prefetch + panel, 0, 2);
       prefetch += Step::bytes;
     }
     if constexpr (std::is_same_v<Step, StepBF16>) {
@@ -121,48 +121,74 @@ void micro_kernel(const Tile& t) {
 
 using Micro = void (*)(const Tile&);
 
-template <class Step, bool kStream>
+template <class Step, Prefetch kPrefetch, int kPanels = kMaxPanels>
 struct MicroTable {
-  Micro f[kMaxRows + 1][kMaxPanels + 1] = {};
+  Micro f[kMaxRows + 1][kPanels + 1] = {};
   template <int MR, int NR>
   constexpr void fill() {
-    if constexpr (MR <= kMaxRows && NR <= kMaxPanels) {
-      f[MR][NR] = micro_kernel<Step, MR, NR, kStream>;
-      if constexpr (NR < kMaxPanels) fill<MR, NR + 1>();
+    if constexpr (MR <= kMaxRows) {
+      f[MR][NR] = micro_kernel<Step, MR, NR, kPrefetch>;
+      if constexpr (NR < kPanels) fill<MR, NR + 1>();
       else fill<MR + 1, 1>();
     }
   }
   constexpr MicroTable() { fill<1, 1>(); }
 };
 
-// C[rows, panels * 16] (+)= A * B for any size, in register tiles. `next`: the panels used after these.
+// C[rows, panels * 16] (+)= A * B for any size, in register tiles, from memory that is likely cached.
 template <class Step>
-ATOM_INLINE void multiply(Tile t, int64_t rows, int64_t panels, const char* next) {
-  static constexpr MicroTable<Step, false> resident;
-  static constexpr MicroTable<Step, true> streaming;
+ATOM_INLINE void multiply(Tile t, int64_t rows, int64_t panels) {
+  static constexpr MicroTable<Step, Prefetch::none> table;
   const int64_t blocks = (rows + kMaxRows - 1) / kMaxRows;
   const char *a = t.a, *b = t.b;
   float* c = t.c;
-  int64_t row = 0;
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t end = rows * (block + 1) / blocks;
+    const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
     for (int64_t p = 0; p < panels; p += kMaxPanels) {
-      const int64_t width = panels - p < kMaxPanels ? panels - p : kMaxPanels;
       t.a = a + row * t.a_stride;
       t.b = b + p * t.panel_bytes;
       t.c = c + row * t.c_stride + p * 16;
-      // With enough blocks of rows each fetches one of the next panels; else the first streams ahead.
-      if (blocks >= kMaxPanels && next) {
-        t.prefetch = block < kMaxPanels ? next + block * t.panel_bytes : t.b;
-        resident.f[end - row][width](t);
-      } else if (block == 0 && next) {
-        streaming.f[end - row][width](t);
-      } else {
-        t.prefetch = t.b;
-        resident.f[end - row][width](t);
-      }
+      table.f[end - row][panels - p < kMaxPanels ? panels - p : kMaxPanels](t);
     }
-    row = end;
+  }
+}
+
+// The same for up to kMaxPanels panels of weights that come from memory; `next` are the ones used after these.
+template <class Step>
+ATOM_INLINE void multiply_streaming(Tile t, int64_t rows, int64_t panels, const char* next) {
+  const int64_t blocks = (rows + kMaxRows - 1) / kMaxRows;
+  if (kMaxPanels == 1 || blocks == 1) {
+    // Panel after panel is one sequential stream, which the hardware fetches best.
+    static constexpr MicroTable<Step, Prefetch::ahead, 1> ahead;
+    static constexpr MicroTable<Step, Prefetch::none, 1> none;
+    const char* a = t.a;
+    float* c = t.c;
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
+        t.a = a + row * t.a_stride;
+        t.c = c + row * t.c_stride + p * 16;
+        (block ? none.f : ahead.f)[end - row][1](t);
+      }
+      t.b += t.panel_bytes;
+    }
+    return;
+  }
+  // The first blocks of rows fetch the next panels, evenly: all four of them with two or more blocks.
+  static constexpr MicroTable<Step, Prefetch::none> none;
+  static constexpr MicroTable<Step, Prefetch::one> one;
+  static constexpr MicroTable<Step, Prefetch::two> two;
+  const int64_t each = blocks < kMaxPanels ? 2 : 1;
+  const char* a = t.a;
+  float* c = t.c;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
+    t.a = a + row * t.a_stride;
+    t.c = c + row * t.c_stride;
+    t.prefetch = next + block * each * t.panel_bytes;
+    if (block * each >= kMaxPanels) none.f[end - row][panels](t);
+    else if (each == 2) two.f[end - row][panels](t);
+    else one.f[end - row][panels](t);
   }
 }
 

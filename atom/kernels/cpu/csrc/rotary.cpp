@@ -9,12 +9,14 @@ namespace {
 template <class T>
 float get(T x) {
   if constexpr (std::is_same_v<T, bf16>) return bf16_to_float(x.bits);
-  else return float(x);
+  else if constexpr (std::is_same_v<T, f16>) return f16_to_float(x.bits);
+  else return x;
 }
 template <class T>
 T put(float x) {
   if constexpr (std::is_same_v<T, bf16>) return {float_to_bf16(x)};
-  else return T(x);
+  else if constexpr (std::is_same_v<T, f16>) return {float_to_f16(x)};
+  else return x;
 }
 
 template <class T>
