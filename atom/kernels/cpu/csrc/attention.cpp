@@ -36,6 +36,13 @@ struct Work {
   int64_t partial;  // where its splits' results lie in the shared buffer
 };
 
+// f(std::integral_constant<int, n>) for n in 1..kMost.
+template <int kMost, int N = 1, class F>
+ATOM_INLINE void with_constant(int64_t n, F&& f) {
+  if (n == N) f(std::integral_constant<int, N>{});
+  else if constexpr (N < kMost) with_constant<kMost, N + 1>(n, f);
+}
+
 // The running softmax of some rows: maximum, sum in 16 lanes, weighted values.
 struct State {
   float *top, *sum, *values;
@@ -222,17 +229,7 @@ void few_values(const C* const* rows, const C* const* next, int64_t count, int64
     }
   }
 }
-
-// f(std::integral_constant<int, n>) for n in 1..kFewRows.
-template <class F, int N = 1>
-ATOM_INLINE void with_constant(int64_t n, F&& f) {
-  if (n == N) f(std::integral_constant<int, N>{});
-  else if constexpr (N < kFewRows) with_constant<F, N + 1>(n, std::forward<F>(f));
-}
 #endif
-
-ATOM_INLINE void store_probability(float* p, F16x v) { store16(p, v); }
-ATOM_INLINE void store_probability(bf16* p, F16x v) { store16(p, v); }
 
 // `part` after `total`, in that order. An empty part changes nothing.
 void merge(const State& total, const State& part, int64_t rows, int64_t width) {
@@ -441,14 +438,13 @@ class Attention {
     const KeyRange keys = key_range(w);
     for (int64_t h = 0; h < w.heads; ++h) clear(State(states + h * state_floats(), rows), rows);
     const int64_t end = std::min(keys.end, (index + 1) * kSplit);
-    const bool ahead = few(w.tokens);
     TileRows<C> rows_now, rows_next;
     const int64_t first = std::max(index * kSplit, keys.begin / kTile * kTile);
     if (first < end) locate(w, first, rows_now);
     for (int64_t start = first; start < end; start += kTile) {
       rows_next.begin = rows_next.end = 0;
-      if (start + kTile < end || (ahead && start + kTile < keys.end)) locate(w, start + kTile, rows_next);
-      else if (ahead && following && following->heads == w.heads)
+      if (start + kTile < keys.end) locate(w, start + kTile, rows_next);
+      else if (following && following->heads == w.heads)
         locate(*following, key_range(*following).begin / kTile * kTile, rows_next);
       for (int64_t h = 0; h < w.heads; ++h)
         tile(w, h, start, rows_now, rows_next, buffers, buffers.query + h * query_bytes(),
@@ -475,6 +471,14 @@ class Attention {
     rows.head = w.head;
     rows.begin = begin - start;
     rows.end = std::max(begin, end) - start;
+  }
+
+  void fetch(const TileRows<C>& rows, int64_t head, int64_t from) const {
+    for (int64_t j = std::max(from, rows.begin); j < rows.end; ++j)
+      for (int64_t c = 0; c < args_.dim; c += 64 / (int64_t)sizeof(C)) {
+        __builtin_prefetch(rows.key[j] + head * args_.k.head_stride + c, 0, 2);
+        __builtin_prefetch(rows.value[j] + head * args_.v.head_stride + c, 0, 2);
+      }
   }
 
   // A head's rows of a tile; zeros where the tile has none.
@@ -511,19 +515,14 @@ class Attention {
       if (few(w.tokens)) {
         const C *next_keys[kTile], *next_values[kTile];
         head_rows(rows_next, rows_next.head + h, kTile / 16, buffers.zeros, next_keys, next_values);
-        with_constant(rows, [&](auto r) {
+        with_constant<kFewRows>(rows, [&](auto r) {
           few_scores<C, r()>(keys, next_keys, panels, args_.dim, query, buffers.scores);
         });
         softmax(w, start, panels, buffers, state, key_scale, value_scale);
-        with_constant(rows, [&](auto r) {
+        with_constant<kFewRows>(rows, [&](auto r) {
           few_values<C, r()>(values, next_values, panels * 16, args_.dim, buffers.probabilities, state.values, width_);
         });
-        for (int64_t j = panels * 16; j < rows_next.end; ++j)
-          for (int64_t c = 0; c < args_.dim; c += 64 / (int64_t)sizeof(C)) {
-            __builtin_prefetch(next_keys[j] + c, 0, 2);
-            __builtin_prefetch(next_values[j] + c, 0, 2);
-          }
-        return;
+        return fetch(rows_next, rows_next.head + h, panels * 16);
       }
     }
 #endif
@@ -531,6 +530,7 @@ class Attention {
     for (int64_t p = 0; p < panels; ++p)
       pack_keys<On>(keys + p * 16, args_.dim, buffers.keys + p * key_panel);
     pack_values<On>(values, panels * 16, args_.dim, value_panel, buffers.values);
+    fetch(rows_next, rows_next.head + h, 0);
     multiply<typename On::Step>({steps_, query, steps_ * 4, buffers.keys, key_panel, buffers.scores, kTile,
                                  false, nullptr}, rows, panels);
     softmax(w, start, panels, buffers, state, key_scale, value_scale);
@@ -541,24 +541,28 @@ class Attention {
 
   void softmax(const Work& w, int64_t start, int64_t panels, const Buffers& buffers, const State& state,
                const float* key_scale, const float* value_scale) const {
-    for (int64_t t = 0, r = 0; t < w.tokens; ++t) {
-      const int64_t last = position(w.request, w.first + t), first = first_seen(last);
-      for (int64_t g = 0; g < group_; ++g, ++r)
-        softmax_row(buffers, state, r, panels, first - start, last - start, args_.k.scale ? key_scale : nullptr,
-                    value_scale);
-    }
+    with_constant<kTile / 16>(panels, [&](auto n) {
+      for (int64_t t = 0, r = 0; t < w.tokens; ++t) {
+        const int64_t last = position(w.request, w.first + t), first = first_seen(last);
+        for (int64_t g = 0; g < group_; ++g, ++r)
+          softmax_row<n()>(buffers, state, r, first - start, last - start, key_scale, value_scale);
+      }
+    });
   }
 
   // Scores of a row -> probabilities relative to the new maximum; what was summed before is rescaled to it.
   // Keys first..last of the tile are seen.
-  void softmax_row(const Buffers& buffers, const State& state, int64_t r, int64_t panels, int64_t first, int64_t last,
-                   const float* key_scale, const float* value_scale) const {
+  template <int kPanels>
+  ATOM_INLINE void softmax_row(const Buffers& buffers, const State& state, int64_t r, int64_t first, int64_t last,
+                               const float* key_scale, const float* value_scale) const {
+    constexpr bool scaled = std::is_same_v<C, f8>;
     float* scores = buffers.scores + r * kTile;
     auto* probabilities = buffers.probabilities + r * kTile;
-    F16x s[kTile / 16], top = splat(-INFINITY);
-    for (int64_t p = 0; p < panels; ++p) {
+    F16x s[kPanels], top = splat(-INFINITY);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
       s[p] = load16(scores + p * 16) * splat(log2_scale_);
-      if (key_scale) s[p] = s[p] * load16(key_scale + p * 16);
+      if constexpr (scaled) s[p] = s[p] * load16(key_scale + p * 16);
       if (p * 16 < first || p * 16 + 15 > last) s[p] = masked(s[p], first - p * 16, last - p * 16);
       top = max(s[p], top);
     }
@@ -572,11 +576,12 @@ class Attention {
         store16(state.values + r * width_ + c, load16(state.values + r * width_ + c) * factor);
       state.top[r] = now;
     }
-    for (int64_t p = 0; p < panels; ++p) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
       F16x e = exp2(s[p] - shift);
       sum = sum + e;
-      if (key_scale) e = e * load16(value_scale + p * 16);
-      store_probability(probabilities + p * 16, e);
+      if constexpr (scaled) e = e * load16(value_scale + p * 16);
+      store16(probabilities + p * 16, e);
     }
     store16(state.sum + r * 16, sum);
   }
