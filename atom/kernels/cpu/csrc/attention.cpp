@@ -377,7 +377,8 @@ class Attention {
       const int64_t query_bytes = a.heads_ * a.query_bytes(), key_bytes = kTile * a.steps_ * 4;
       const int64_t value_bytes = kTile * a.width_ * 4, score_bytes = a.max_rows_ * kTile * 4;
       const int64_t state_bytes = a.heads_ * a.state_floats() * 4, zero_bytes = a.width_ * 4;
-      query = (char*)scratch.get(query_bytes + key_bytes + value_bytes + 2 * score_bytes + 2 * state_bytes + zero_bytes);
+      query = (char*)scratch.get(query_bytes + key_bytes + value_bytes + 2 * score_bytes + 2 * state_bytes +
+                                 zero_bytes);
       keys = query + query_bytes;
       values = keys + key_bytes;
       scores = (float*)(values + value_bytes);
@@ -491,7 +492,8 @@ class Attention {
     }
   }
 
-  void scales(const Work& w, const Cache& cache, int64_t head, int64_t start, const TileRows<C>& rows, float* out) const {
+  void scales(const Work& w, const Cache& cache, int64_t head, int64_t start, const TileRows<C>& rows,
+              float* out) const {
     memset(out, 0, kTile * sizeof(float));
     const int32_t* blocks = args_.block_table + w.request * args_.block_table_stride;
     for (int64_t j = rows.begin; j < rows.end; ++j)

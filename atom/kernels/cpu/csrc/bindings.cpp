@@ -83,7 +83,8 @@ bool linear(const Tensor& x_in, const Tensor& packed, const Tensor* bias, int64_
               packed.sizes(), " ", packed.scalar_type());
   args.bias = nullptr;
   if (bias) {
-    if (!dtype_of(*bias, args.bias_type) || bias->dim() != 1 || bias->size(0) != n || bias->stride(0) != 1) return false;
+    if (!dtype_of(*bias, args.bias_type) || bias->dim() != 1 || bias->size(0) != n || bias->stride(0) != 1)
+      return false;
     args.bias = bias->const_data_ptr();
   }
   args.out_type = out_float32 ? DType::f32 : args.type;
@@ -274,7 +275,8 @@ Tensor op_silu_and_mul(const Tensor& x) {
   SUPPORTED(silu_and_mul(x, out));
   return out;
 }
-void op_rotary(const Tensor& positions, const Tensor& query, const Tensor& key, const Tensor& cos_sin, bool interleaved) {
+void op_rotary(const Tensor& positions, const Tensor& query, const Tensor& key, const Tensor& cos_sin,
+               bool interleaved) {
   SUPPORTED(rotary(positions, query, key, cos_sin, interleaved));
 }
 void op_store_kv(const Tensor& key, const Tensor& value, const Tensor& k_cache, const Tensor& v_cache,

@@ -59,8 +59,8 @@ void linear_block(const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int
   const int64_t steps = ksteps(args.type, args.k);
   const int64_t panel_bytes = steps * Step::bytes;
   const int64_t block_steps = std::min(steps, kBlockSteps);
-  const int64_t fit = std::max<int64_t>(8 * kMaxRows, (384 << 10) / (block_steps * Step::a_bytes) / kMaxRows * kMaxRows);
-  const int64_t block_rows = std::min(kMaxBlockRows, fit);
+  const int64_t fit = (384 << 10) / (block_steps * Step::a_bytes) / kMaxRows * kMaxRows;
+  const int64_t block_rows = std::min(kMaxBlockRows, std::max<int64_t>(8 * kMaxRows, fit));
   float* tile = (float*)scratch.get(std::min(m1 - m0, block_rows) * kGroup * kPanel * sizeof(float));
   const char* packed = (const char*)args.packed;
   for (int64_t row = m0; row < m1; row += block_rows) {
