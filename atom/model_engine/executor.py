@@ -62,6 +62,9 @@ class UniprocExecutor(Executor):
     def stop_profile(self) -> str | None:
         return self._runner.stop_profile()
 
+    def close(self) -> None:
+        self._runner.stop_profile()  # a trace that nobody stopped is written all the same
+
 
 def make_executor(config: "Config") -> Executor:
     return UniprocExecutor(config)

@@ -63,12 +63,15 @@ def sampling_params(arguments: argparse.Namespace, **fixed: Any) -> "SamplingPar
 
 
 def make_llm(arguments: argparse.Namespace) -> "LLM":
-    """An LLM from the flags of EngineArgs."""
+    """An LLM from the flags of EngineArgs; with --torch-profiler-dir it is profiled until it is closed."""
     with quick_start():
         from atom.entrypoints.llm import LLM
         from atom.model_engine.arg_utils import EngineArgs
 
-        return LLM.from_engine(EngineArgs.from_cli_args(arguments).create_engine())
+        llm = LLM.from_engine(EngineArgs.from_cli_args(arguments).create_engine())
+    if llm.engine.config.torch_profiler_dir:
+        llm.start_profile()
+    return llm
 
 
 @contextmanager

@@ -32,5 +32,6 @@ def store_kv(
 def quantize_per_head(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """[T, H, D] -> (float8 [T, H, D], float32 scale [T, H]); x is about float8 * scale."""
     top = torch.finfo(dtype).max
-    scale = x.float().abs().amax(-1).clamp(min=1e-10) / top
+    # By a tensor: dividing by a number, CUDA multiplies by its inverse, which rounds otherwise.
+    scale = x.float().abs().amax(-1).clamp(min=1e-10) / torch.full((), top, device=x.device)
     return (x.float() / scale.unsqueeze(-1)).clamp(-top, top).to(dtype), scale

@@ -178,6 +178,8 @@ def _decode_kernel(
     inside = (group < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
     at_query = query + request * query_stride_token + heads[:, None] * query_stride_head + columns[None, :]
     q = tl.load(at_query, mask=inside, other=0.0)
+    if SCALED and q.dtype == tl.bfloat16:
+        q = q.to(tl.float16)  # float8 keys become float16 in one instruction, bfloat16 in several
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, PADDED], tl.float32)
@@ -333,6 +335,8 @@ def _prefill_kernel(
     flat = (query_start + token).to(tl.int64)
     at_query = query + (flat * query_stride_token + heads * query_stride_head)[:, None] + columns[None, :]
     q = tl.load(at_query, mask=inside, other=0.0)
+    if SCALED and q.dtype == tl.bfloat16:
+        q = q.to(tl.float16)  # float8 keys become float16 in one instruction, bfloat16 in several
     first_position = seq_len - query_len + first_token
     query_position = seq_len - query_len + token
     end = tl.minimum(first_position + TOKENS, seq_len)
@@ -502,7 +506,10 @@ def paged_attention(
                 num_warps=2,
             )
     if num_requests > num_decodes:
-        tile = prefill_tile(padded, itemsize)
+        # Queries that fill the chip run best in many small programs; a few need all the warps they can get.
+        work = (query.shape[0] - num_decodes) * num_kv_heads * group
+        fills_chip = work >= 256 * num_multiprocessors(query.device)
+        tile = prefill_tile(padded, itemsize, fills_chip)
         rows, warps = tile.rows, tile.num_warps
         if max_query_len * group <= 16:  # a few drafted tokens, or the tail of a prompt
             rows, warps = 16, 4

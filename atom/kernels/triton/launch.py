@@ -46,7 +46,7 @@ def decode_tile(head_dim: int, itemsize: int) -> Tile:
 
 
 @cache
-def prefill_tile(head_dim: int, itemsize: int) -> Tile:
+def prefill_tile(head_dim: int, itemsize: int, fills_chip: bool) -> Tile:
     """rows = query tokens x heads of a group; columns = keys. head_dim is a power of two."""
     if CHIP == "interpret":
         return Tile(64, 64, 4, 1)
@@ -57,7 +57,7 @@ def prefill_tile(head_dim: int, itemsize: int) -> Tile:
     if head_dim <= 64:
         return Tile(128, 128, 8, 3)
     if head_dim <= 128:
-        return Tile(128, 64, 8, 3)
+        return Tile(128, 32, 4, 4) if fills_chip else Tile(128, 64, 8, 3)
     return Tile(128, 64, 8, 2)
 
 
