@@ -786,7 +786,7 @@ _UNSUPPORTED: list[Callable[[Config], str]] = [
 
 # Settings that change only speed or placement: accepted, and reported as not yet active ("" = of Config itself).
 _INACTIVE: dict[str, tuple[str, ...]] = {
-    "": ("asyncio_mode", "enable_expert_parallel", "enable_dp_attention", "port", "master_addr"),
+    "": ("enable_expert_parallel", "enable_dp_attention", "master_addr"),
     "parallel_config": tuple(f.name for f in fields(ParallelConfig) if f.init),
 }
 

@@ -1,10 +1,11 @@
 """How a front end talks to the engine core: the same calls whether it is in this process or not."""
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from collections import deque
 from typing import Any
 
 from atom.config import Config
+from atom.model_engine import wire
 from atom.model_engine.protocol import EngineOutput, EngineRequest
 
 
@@ -77,12 +78,96 @@ class InprocClient(EngineClient):
         return self.core.stats()
 
     def describe(self) -> dict[str, Any]:
-        plan = self.core.plan
-        return {**asdict(plan), "cache_bytes": plan.cache_bytes, "num_cached_tokens": plan.num_cached_tokens}
+        return self.core.describe()
 
     def close(self) -> None:
         self.core.close()
 
 
+class ProcessClient(EngineClient):
+    """The engine core in a process of its own (see core_connection). Not thread-safe.
+
+    Raises CoreStartError where the core refuses a setting, EngineDeadError once it is gone.
+    """
+
+    def __init__(self, config: Config) -> None:
+        from atom.model_engine.core_connection import CoreConnection
+
+        self._core = CoreConnection(config)
+        self._running: set[str] = set()
+        self._outputs: deque[list[EngineOutput]] = deque()
+        self._stats: dict[str, float] = {}
+        self._num_calls = 0
+        try:
+            self._plan = self._core.wait_ready().plan
+        except BaseException:
+            self._core.close(grace=0)
+            raise
+
+    def add_request(self, request: EngineRequest) -> None:
+        self._running.add(request.request_id)
+        self._core.send(wire.AddRequest(request))
+
+    def abort(self, request_ids: list[str]) -> None:
+        self._running.difference_update(request_ids)
+        self._core.send(wire.Abort(request_ids))
+
+    def step(self) -> list[EngineOutput]:
+        while self._running:
+            while self._outputs:
+                outputs = self._outputs.popleft()
+                self._running.difference_update(o.request_id for o in outputs if o.finish_reason is not None)
+                if outputs:
+                    return outputs
+            self._take(self._core.wait())
+        self._outputs.clear()
+        return []
+
+    def has_unfinished(self) -> bool:
+        return bool(self._running)
+
+    def reset_prefix_cache(self) -> bool:
+        return bool(self._call("reset_prefix_cache"))
+
+    def start_profile(self) -> None:
+        self._call("start_profile")
+
+    def stop_profile(self) -> str | None:
+        path = self._call("stop_profile")
+        return path if isinstance(path, str) else None
+
+    def stats(self) -> dict[str, float]:
+        """As of the last step."""
+        self._take(self._core.receive())
+        return self._stats
+
+    def describe(self) -> dict[str, Any]:
+        return self._plan
+
+    def close(self) -> None:
+        self._core.close()
+
+    def _call(self, method: str) -> bool | str | None:
+        self._num_calls += 1
+        self._core.send(wire.Call(self._num_calls, method))
+        while True:
+            for reply in self._take(self._core.wait()):
+                if reply.call_id == self._num_calls:
+                    if reply.error is not None:
+                        raise RuntimeError(f"{method}: {reply.error}")
+                    return reply.value
+
+    def _take(self, messages: list[wire.FromCore]) -> list[wire.Reply]:
+        """Keep outputs for `step`; the replies among the messages."""
+        replies = []
+        for message in messages:
+            if isinstance(message, wire.Outputs):
+                self._outputs.append(message.outputs)
+                self._stats = message.stats
+            elif isinstance(message, wire.Reply):
+                replies.append(message)
+        return replies
+
+
 def make_client(config: Config) -> EngineClient:
-    return InprocClient(config)
+    return ProcessClient(config) if config.asyncio_mode else InprocClient(config)

@@ -2,6 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 from atom.config import Config
 from atom.model_engine.block_manager import BlockManager
@@ -57,6 +59,17 @@ class EngineCore:
         batch, result = self._in_flight.popleft()
         return self.scheduler.update(batch, result())
 
+    def is_stepping(self) -> bool:
+        """Whether anything is admitted or under way; False while all that there is waits."""
+        return bool(self._in_flight or self.scheduler.num_running)
+
+    def recover(self, error: str) -> list[EngineOutput]:
+        """After `step` raised: drop what ran, which gets `error`, and keep what waits."""
+        self._in_flight.clear()
+        failed = self.scheduler.drop_running()
+        self.executor.forget_requests()
+        return [EngineOutput(request_id=i, new_token_ids=[], finish_reason="error", error=error) for i in failed]
+
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.blocks.reset_prefix_cache()
 
@@ -74,7 +87,15 @@ class EngineCore:
             "kv_cache_usage": 1 - blocks.num_free_blocks / blocks.num_blocks,
             "prefix_hit_rate": blocks.num_hit_tokens / max(1, blocks.num_queried_tokens),
             "preemptions": self.scheduler.num_preemptions,
+            "blocks_in_use": blocks.num_blocks - blocks.num_free_blocks,
+            "prefix_queries": blocks.num_queried_tokens,
+            "prefix_hits": blocks.num_hit_tokens,
         }
+
+    def describe(self) -> dict[str, Any]:
+        """The memory plan: blocks, bytes, and why."""
+        plan = self.plan
+        return {**asdict(plan), "cache_bytes": plan.cache_bytes, "num_cached_tokens": plan.num_cached_tokens}
 
     def close(self) -> None:
         self.executor.close()

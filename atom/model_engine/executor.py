@@ -28,6 +28,10 @@ class Executor(ABC):
         """Start a step; calling the result waits for it. Steps run in the order submitted."""
 
     @abstractmethod
+    def forget_requests(self) -> None:
+        """Drop every request, after a step that failed half-way."""
+
+    @abstractmethod
     def start_profile(self) -> None: ...
 
     @abstractmethod
@@ -55,6 +59,9 @@ class UniprocExecutor(Executor):
 
     def submit(self, batch: ScheduledBatch) -> Callable[[], ModelOutput]:
         return self._runner.submit(batch)
+
+    def forget_requests(self) -> None:
+        self._runner.forget_requests()
 
     def start_profile(self) -> None:
         self._runner.start_profile()

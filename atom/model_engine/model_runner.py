@@ -181,6 +181,14 @@ class ModelRunner:
 
         return result
 
+    def forget_requests(self) -> None:
+        """Free every row, however far the last step came."""
+        for request_id in list(self.batch.row_of):
+            self.batch.remove(request_id)
+        self.sampling = SamplingState(self.config.max_num_seqs, self.vocab_size, self.device)
+        self.prompt_logprobs = PromptLogprobs(self.compute_logits)
+        self._prompt_logprob_rows.clear()
+
     def start_profile(self) -> None:
         self.profiler.start()
 

@@ -96,6 +96,15 @@ class Scheduler:
         self._finish(seq)
         return True
 
+    def drop_running(self) -> list[str]:
+        """Forget steps under way and the requests that depend on them; the workers are to forget all requests."""
+        lost = [s for s in self._sequences.values() if s.status is SequenceStatus.RUNNING or s.num_pending_tokens]
+        for seq in lost:
+            self._finish(seq)
+        self._in_flight.clear()
+        self._removed.clear()
+        return [seq.request_id for seq in lost]
+
     def schedule(self) -> ScheduledBatch | None:
         """The next step's work, or None when nothing can or need run."""
         removed, self._removed = self._removed, []
