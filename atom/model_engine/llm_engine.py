@@ -25,7 +25,7 @@ class LLMEngine:
     def __init__(self, config: "Config") -> None:
         self.config = config
         # Reading a vocabulary and loading weights take seconds each, and mostly not of the same resource.
-        tokenizer = _Background(lambda: _load_tokenizer(config))
+        tokenizer = _Background(lambda: load_tokenizer_if_any(config))
         self.client = make_client(config)
         try:
             self.tokenizer = tokenizer.result()
@@ -143,7 +143,8 @@ class _Background:
         return self._value
 
 
-def _load_tokenizer(config: "Config") -> Any | None:
+def load_tokenizer_if_any(config: "Config") -> Any | None:
+    """None for a dummy model without one. ModelLoadError."""
     from atom.model_loader.tokenizer import load_tokenizer
 
     try:
