@@ -22,7 +22,8 @@ def read_trace(directory):
 def test_a_trace_names_the_kernels(tmp_path, monkeypatch, more):
     monkeypatch.setenv("ATOM_PROFILER_MORE", more)
     path = make_checkpoint("llama", tmp_path / "model")
-    with LLM(str(path), device="cpu", max_model_len=64, torch_profiler_dir=str(tmp_path / "traces")) as llm:
+    settings = {"device": "cpu", "max_model_len": 64, "load_dummy": True}  # dummies need no tokenizer
+    with LLM(str(path), torch_profiler_dir=str(tmp_path / "traces"), **settings) as llm:
         llm.start_profile()
         llm.generate([PROMPT], SamplingParams(max_tokens=4), use_tqdm=False)
         assert str(tmp_path / "traces") in llm.stop_profile()
@@ -35,7 +36,7 @@ def test_a_trace_names_the_kernels(tmp_path, monkeypatch, more):
 
 def test_the_flag_alone_writes_a_trace(tmp_path, capsys):
     path = make_checkpoint("llama", tmp_path / "model")
-    flags = ["--model", str(path), "--device", "cpu", "--max-model-len", "64", "--torch-profiler-dir"]
+    flags = ["--model", str(path), "--load_dummy", "--device", "cpu", "--max-model-len", "64", "--torch-profiler-dir"]
     code = main(["bench", "latency", *flags, str(tmp_path / "traces"), "--input-len", "4", "--output-len", "3"])
     assert code == 0, capsys.readouterr().err
     assert read_trace(tmp_path / "traces")

@@ -268,14 +268,13 @@ def test_a_quantized_checkpoint_is_refused(tmp_path):
 def test_inactive_settings_are_those_the_user_set_to_something_else(model):
     config = config_from_kwargs(
         model,
-        asyncio_mode=True,
         enable_expert_parallel=False,
+        enable_dp_attention=True,
         level=2,
-        cudagraph_mode="FULL",
-        port=9000,
+        master_addr="127.0.0.2",
         max_num_seqs=4,
     )
-    assert config.inactive_settings() == ["asyncio_mode=True", "port=9000"]
+    assert config.inactive_settings() == ["enable_dp_attention=True", "master_addr=127.0.0.2"]
 
 
 def test_inactive_settings_ignore_what_was_derived(model):
