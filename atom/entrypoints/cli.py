@@ -12,6 +12,7 @@ from atom.model_engine.arg_utils import FlagParser
 _COMMANDS = {
     "generate": "answer prompts once",
     "chat": "talk with a model on the terminal",
+    "serve": "serve a model over HTTP, OpenAI-compatible",
     "bench": "measure throughput or latency",
     "config": "print the resolved configuration, its memory plan, and why",
 }

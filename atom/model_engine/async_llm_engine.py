@@ -99,6 +99,7 @@ class RequestStream:
         self._error: Exception | None = None
         self._done = False  # nothing will be put any more
         self.unread_since = 0.0  # time.monotonic(), while something is pending
+        self.on_end: Callable[[], object] | None = None  # called once, when nothing will be put any more
 
     def take(self) -> RequestOutput | None:
         """What has come since the last call, without waiting. Raises what ended the stream."""
@@ -132,7 +133,7 @@ class RequestStream:
     def close(self) -> None:
         """Abort the request unless it has ended; its blocks are free before the next step."""
         if not self._done:
-            self._done = True
+            self._end()
             self._engine.abort(self.request_id)
 
     def put(self, output: RequestOutput) -> None:
@@ -143,12 +144,20 @@ class RequestStream:
             _merge(self._pending, output)
         else:
             self._pending = output  # it says all that the other did
-        self._done = output.finished
+        if output.finished:
+            self._end()
         self._signal.set()
 
     def fail(self, error: Exception) -> None:
-        self._error, self._done = error, True
+        self._error = error
+        self._end()
         self._signal.set()
+
+    def _end(self) -> None:
+        self._done = True
+        if self.on_end is not None:
+            self.on_end()
+            self.on_end = None
 
 
 class AsyncLLMEngine:
@@ -312,16 +321,16 @@ class AsyncLLMEngine:
         self._abort_in_core(engine_ids)
         return output
 
-    def drop(self, request_id: str, reason: str) -> None:
-        """Abort a request whose reader gets a StreamDroppedError."""
+    def drop(self, request_id: str, error: Exception) -> None:
+        """Abort a request; its reader gets the error."""
         stream = self._streams.get(request_id)
         if stream is not None:
             self.abort(request_id)
-            stream.fail(StreamDroppedError(reason))
+            stream.fail(error)
 
-    def drop_all(self, reason: str) -> None:
+    def drop_all(self, error: Exception) -> None:
         for request_id in list(self._streams):
-            self.drop(request_id, reason)
+            self.drop(request_id, error)
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, off the loop if it is long. RequestError if it can't be encoded."""
@@ -445,7 +454,9 @@ class AsyncLLMEngine:
             limit = time.monotonic() - _UNREAD_SECONDS
             for stream in list(self._streams.values()):
                 if stream.unread_since < limit and stream.has_unread:
-                    self.drop(stream.request_id, f"the answer was not read for {_UNREAD_SECONDS:.0f} s")
+                    self.drop(
+                        stream.request_id, StreamDroppedError(f"the answer was not read for {_UNREAD_SECONDS:.0f} s")
+                    )
 
     def _send(self, core: CoreConnection, message: Any) -> None:
         core.send(message)

@@ -1,0 +1,377 @@
+"""Chat: a conversation to structured deltas (role, reasoning, content, tool calls), and these as /v1/chat/completions.
+
+`ChatService` knows no wire format: other protocols (responses, messages) are written on top of
+`prepare`, `deltas` and `complete`.
+"""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from atom.entrypoints.openai.chat_template import ChatTemplate
+from atom.entrypoints.openai.context import ServingContext, answer_id, check_priority, usage
+from atom.entrypoints.openai.protocol import UNLIMITED_TOKENS, ChatCompletionRequest, NamedToolChoice
+from atom.entrypoints.openai.serving_completion import finite, raise_error_of
+from atom.entrypoints.openai.streaming import DONE, event
+from atom.entrypoints.openai.structured import structured_output_of, with_structure
+from atom.model_engine.async_llm_engine import RequestStream
+from atom.model_engine.output_processor import OutputKind
+from atom.model_engine.outputs import CompletionOutput, PositionLogprobs
+from atom.utils.errors import ConfigError, RequestError
+
+
+@dataclass(slots=True)
+class ToolCallDelta:
+    """A piece of a call. id and name come with its first piece, arguments (JSON text) in any number of pieces."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class ChatDelta:
+    """What became known of one of the n answers. finish_reason: OpenAI's, with the last delta of the answer."""
+
+    index: int
+    content: str = ""
+    reasoning_content: str = ""
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] | None = None
+
+
+@dataclass(slots=True)
+class ChatAnswer:
+    """One of the n answers, whole."""
+
+    index: int
+    content: str = ""
+    reasoning_content: str = ""
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] | None = None
+
+    def add(self, delta: ChatDelta) -> None:
+        self.content += delta.content
+        self.reasoning_content += delta.reasoning_content
+        for piece in delta.tool_calls:
+            call = next((c for c in self.tool_calls if c.index == piece.index), None)
+            if call is None:
+                self.tool_calls.append(ToolCallDelta(piece.index, piece.id, piece.name, piece.arguments))
+            else:
+                call.arguments += piece.arguments
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+@dataclass(slots=True)
+class PreparedChat:
+    """A chat whose request is queued. Close it, whatever happens."""
+
+    request: ChatCompletionRequest
+    id: str
+    model: str
+    created: int
+    stream: RequestStream
+    prompt_text: str
+    num_prompt_tokens: int
+    num_completion_tokens: int = 0
+    num_cached_tokens: int = 0
+
+    def usage(self) -> dict[str, Any]:
+        return usage(self.num_prompt_tokens, self.num_completion_tokens, self.num_cached_tokens)
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class ChatService:
+    def __init__(self, context: ServingContext) -> None:
+        self.context = context
+        tokenizer = context.engine.tokenizer
+        self.template = ChatTemplate(context.engine, context.settings.chat_template)
+        self._make_reasoning_parser = _lookup("reasoning", context.settings.reasoning_parser, tokenizer)
+        self._make_tool_parser = _lookup("tool", context.settings.tool_call_parser, tokenizer)
+
+    async def prepare(
+        self, request: ChatCompletionRequest, http: Request | None = None, *, id_prefix: str = "chatcmpl"
+    ) -> PreparedChat:
+        """Check everything, render the template, queue the request. ApiError, RequestError."""
+        context = self.context
+        model = context.check_model(request.model)
+        check_priority(request.priority)
+        self._check_tools(request)
+        if request.top_logprobs is not None and not request.logprobs:
+            raise RequestError("top_logprobs needs logprobs=true beside it", "top_logprobs")
+        most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+        fixed: dict[str, Any] = {
+            "max_tokens": UNLIMITED_TOKENS if most is None else most,
+            "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
+        }
+        with_structure(fixed, structured_output_of(request))
+        params = request.make_sampling_params(**fixed)
+        hides_tools = request.tool_choice == "none"
+        kwargs = dict(request.chat_template_kwargs or {})
+        if request.reasoning_effort is not None:
+            kwargs.setdefault("reasoning_effort", request.reasoning_effort)
+        context.check_queue()  # before spending time on the template
+        prompt = await self.template.prompt(
+            request.messages,
+            None if hides_tools else request.tools,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=request.add_special_tokens,
+            template_kwargs=kwargs,
+        )
+        chat_id = answer_id(id_prefix, http)
+        stream = await context.submit(
+            prompt,
+            params,
+            chat_id,
+            # Parsers see the text as it grows; without any, the whole answer may come at once.
+            kind=OutputKind.DELTA if request.stream else OutputKind.FINAL,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+        )
+        return PreparedChat(
+            request=request,
+            id=chat_id,
+            model=model,
+            created=int(time.time()),
+            stream=stream,
+            prompt_text=prompt["prompt"],
+            num_prompt_tokens=len(stream.prompt_token_ids),
+        )
+
+    async def deltas(self, chat: PreparedChat) -> AsyncIterator[list[ChatDelta]]:
+        """What each step brings, until every answer has its finish_reason. Raises what ended the request early."""
+        parsers: dict[int, _AnswerParser] = {}
+        try:
+            async for output in chat.stream:
+                raise_error_of(output)
+                chat.num_cached_tokens = output.num_cached_tokens
+                news = []
+                for answer in output.outputs:
+                    chat.num_completion_tokens += len(answer.token_ids)
+                    parser = parsers.get(answer.index)
+                    if parser is None:
+                        parser = parsers[answer.index] = self._parser(chat)
+                    news.append(parser.take(answer))
+                if news:
+                    yield news
+        finally:
+            chat.close()
+
+    async def complete(self, chat: PreparedChat) -> list[ChatAnswer]:
+        """All answers, whole, in order."""
+        answers: dict[int, ChatAnswer] = {}
+        async for news in self.deltas(chat):
+            for delta in news:
+                answers.setdefault(delta.index, ChatAnswer(delta.index)).add(delta)
+        return [answers[index] for index in sorted(answers)]
+
+    def _check_tools(self, request: ChatCompletionRequest) -> None:
+        choice = request.tool_choice
+        if choice in (None, "none", "auto") and not request.tools:
+            return
+        if not request.tools:
+            raise RequestError("tool_choice needs tools beside it", "tool_choice")
+        if isinstance(choice, NamedToolChoice) and choice.function.name not in [t.function.name for t in request.tools]:
+            raise RequestError(f"tool_choice: {choice.function.name!r:.100} is not one of the tools", "tool_choice")
+        if choice != "none" and self._make_tool_parser is None:
+            if choice in (None, "auto"):
+                return  # the model sees the tools; its calls stay text
+            raise RequestError("tool_choice needs a server started with --tool-call-parser", "tool_choice")
+
+    def _parser(self, chat: PreparedChat) -> "_AnswerParser":
+        request = chat.request
+        uses_tools = bool(request.tools) and request.tool_choice != "none"
+        return _AnswerParser(
+            self._make_reasoning_parser(request, chat.prompt_text) if self._make_reasoning_parser else None,
+            self._make_tool_parser(request, chat.prompt_text) if self._make_tool_parser and uses_tools else None,
+        )
+
+
+class _AnswerParser:
+    """Splits the text of one answer. Both parsers have push(text) and flush(), as described in `parsers`."""
+
+    def __init__(self, reasoning: Any | None, tools: Any | None) -> None:
+        self._reasoning = reasoning
+        self._tools = tools
+        self._called = False
+
+    def take(self, answer: CompletionOutput) -> ChatDelta:
+        delta = ChatDelta(
+            answer.index,
+            stop_reason=answer.stop_reason,
+            token_ids=answer.token_ids,
+            logprobs=answer.logprobs,
+        )
+        ended = answer.finish_reason is not None
+        content = answer.text
+        if self._reasoning is not None:
+            delta.reasoning_content, content = self._reasoning.push(content)
+            if ended:
+                reasoning, rest = self._reasoning.flush()
+                delta.reasoning_content += reasoning
+                content += rest
+        if self._tools is not None:
+            text, calls = self._tools.push(content)
+            if ended:
+                rest, more = self._tools.flush()
+                text, calls = text + rest, [*calls, *more]
+            content = text
+            delta.tool_calls = [self._named(call) for call in calls]
+            self._called = self._called or bool(calls)
+        delta.content = content
+        if ended:
+            delta.finish_reason = (
+                "tool_calls" if self._called and answer.finish_reason == "stop" else answer.finish_reason
+            )
+        return delta
+
+    def _named(self, call: Any) -> ToolCallDelta:
+        call_id = call.id
+        if call.name is not None and call_id is None:
+            call_id = f"call_{uuid.uuid4().hex[:24]}"
+        return ToolCallDelta(call.index, call_id, call.name, call.arguments or "")
+
+
+class ChatCompletions:
+    """/v1/chat/completions on top of ChatService."""
+
+    def __init__(self, service: ChatService) -> None:
+        self.service = service
+
+    async def complete(self, chat: PreparedChat) -> dict[str, Any]:
+        answers = await self.service.complete(chat)
+        return {
+            "id": chat.id,
+            "object": "chat.completion",
+            "created": chat.created,
+            "model": chat.model,
+            "choices": [self._choice(chat, answer) for answer in answers],
+            "usage": chat.usage(),
+        }
+
+    async def stream(self, chat: PreparedChat) -> AsyncGenerator[bytes, None]:
+        """Server-sent events."""
+        request = chat.request
+        head: dict[str, Any] = {
+            "id": chat.id,
+            "object": "chat.completion.chunk",
+            "created": chat.created,
+            "model": chat.model,
+        }
+        if request.include_usage:
+            head["usage"] = None
+        started: set[int] = set()
+        try:
+            async for news in self.service.deltas(chat):
+                data = b""
+                for delta in news:
+                    if delta.index not in started:
+                        started.add(delta.index)
+                        first = {"role": "assistant", "content": ""}
+                        data += event(head | {"choices": [_chunk_choice(delta.index, first)]})
+                    data += self._event(head, delta, request)
+                yield data
+            if request.include_usage:
+                yield event(head | {"choices": [], "usage": chat.usage()})
+            yield DONE
+        finally:
+            chat.close()
+
+    def _event(self, head: dict[str, Any], delta: ChatDelta, request: ChatCompletionRequest) -> bytes:
+        """b"" where nothing is to be told (text that is still held back)."""
+        body: dict[str, Any] = {}
+        if delta.content:
+            body["content"] = delta.content
+        if delta.reasoning_content and request.include_reasoning:
+            body["reasoning_content"] = delta.reasoning_content
+        if delta.tool_calls:
+            body["tool_calls"] = [_tool_call_chunk(call) for call in delta.tool_calls]
+        if not body and delta.finish_reason is None and delta.logprobs is None and not request.return_token_ids:
+            return b""
+        choice = _chunk_choice(delta.index, body, delta.finish_reason)
+        if delta.logprobs is not None:
+            choice["logprobs"] = self._logprobs(delta, request)
+        if delta.stop_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if request.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return event(head | {"choices": [choice]})
+
+    def _choice(self, chat: PreparedChat, answer: ChatAnswer) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+        if answer.reasoning_content and chat.request.include_reasoning:
+            message["reasoning_content"] = answer.reasoning_content
+        if answer.tool_calls:
+            message["content"] = answer.content or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in answer.tool_calls
+            ]
+        choice: dict[str, Any] = {
+            "index": answer.index,
+            "message": message,
+            "logprobs": None if answer.logprobs is None else self._logprobs(answer, chat.request),
+            "finish_reason": answer.finish_reason,
+        }
+        if answer.stop_reason is not None:
+            choice["stop_reason"] = answer.stop_reason
+        if chat.request.return_token_ids:
+            choice["token_ids"] = answer.token_ids
+            choice["prompt_token_ids"] = chat.stream.prompt_token_ids
+        return choice
+
+    def _logprobs(self, part: ChatDelta | ChatAnswer, request: ChatCompletionRequest) -> dict[str, Any]:
+        limit = request.top_logprobs or 0
+        content = []
+        for token_id, position in zip(part.token_ids, part.logprobs or [], strict=True):
+            ranked = sorted(position.values(), key=lambda value: value.rank or 0)
+            entry = _logprob_entry(position[token_id])
+            entry["top_logprobs"] = [_logprob_entry(value) for value in ranked if (value.rank or 0) <= limit]
+            content.append(entry)
+        return {"content": content, "refusal": None}
+
+
+def _lookup(kind: str, name: str | None, tokenizer: Any) -> Any | None:
+    """The factory of the parsers that a flag names: called as factory(request, prompt text) for each answer."""
+    if name is None:
+        return None
+    try:
+        from atom.entrypoints.openai import parsers
+    except ImportError:
+        raise ConfigError(f"{kind} parser {name!r}: no parsers are installed") from None
+    get = parsers.get_reasoning_parser if kind == "reasoning" else parsers.get_tool_parser
+    return get(name, tokenizer)
+
+
+def _chunk_choice(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _tool_call_chunk(call: ToolCallDelta) -> dict[str, Any]:
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
+
+
+def _logprob_entry(value: Any) -> dict[str, Any]:
+    token = value.decoded_token or ""
+    return {"token": token, "logprob": finite(value.logprob), "bytes": list(token.encode())}
