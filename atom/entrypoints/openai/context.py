@@ -92,9 +92,9 @@ class ServingContext:
             raise ApiError(503, f"the engine is not available: {error}", code="engine_dead") from None
         limit = self.settings.request_timeout
         if limit is not None:
-            error = ApiError(504, f"the request took longer than {limit:g} s", code="timeout", type="timeout_error")
+            too_late = ApiError(504, f"the request took longer than {limit:g} s", code="timeout", type="timeout_error")
             loop = asyncio.get_running_loop()
-            timer = loop.call_later(limit, self.engine.drop, request_id, error)
+            timer = loop.call_later(limit, self.engine.drop, request_id, too_late)
             stream.on_end = timer.cancel
         return stream
 

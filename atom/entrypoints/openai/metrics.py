@@ -50,7 +50,8 @@ class Histogram:
 
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative, as Prometheus wants them."""
-        result, running = [], 0
+        result: list[tuple[str, float]] = []
+        running = 0
         for bound, count in zip([*map(str, map(float, self.bounds)), "+Inf"], self.counts, strict=True):
             running += count
             result.append((bound, running))
@@ -163,15 +164,15 @@ class Metrics:
             ("generation_tokens", "Tokens generated", self.generation_tokens),
             ("engine_restarts", "Engine cores that replaced a dead one", stats.get("restarts", 0)),
         ):
-            family = CounterMetricFamily(f"atom:{name}", text, labels=names)
-            family.add_metric(values, count)
-            yield family
-        family = CounterMetricFamily(
+            counter = CounterMetricFamily(f"atom:{name}", text, labels=names)
+            counter.add_metric(values, count)
+            yield counter
+        ends = CounterMetricFamily(
             "atom:request_success", "Requests that ended, by reason", labels=[*names, "finished_reason"]
         )
         for reason, count in self.finished.items():
-            family.add_metric([*values, reason], count)
-        yield family
+            ends.add_metric([*values, reason], count)
+        yield ends
         for name, text, histogram in (
             ("time_to_first_token_seconds", "From arrival to the first token", self.time_to_first_token),
             ("inter_token_latency_seconds", "Between tokens of a request", self.inter_token_latency),
@@ -181,9 +182,9 @@ class Metrics:
             ("request_prompt_tokens", "Prompt lengths", self.request_prompt_tokens),
             ("request_generation_tokens", "Answer lengths", self.request_generation_tokens),
         ):
-            family = HistogramMetricFamily(f"atom:{name}", text, labels=names)
-            family.add_metric(values, histogram.buckets(), histogram.total)
-            yield family
+            times = HistogramMetricFamily(f"atom:{name}", text, labels=names)
+            times.add_metric(values, histogram.buckets(), histogram.total)
+            yield times
 
     def exposition(self) -> bytes:
         """The text format of Prometheus."""

@@ -133,7 +133,8 @@ def _request_id(headers: dict[bytes, bytes]) -> str:
 def _aborter(send: Send) -> Callable[[], None]:
     """Ends the connection without waiting for the peer, if the server lets us (uvicorn does)."""
     transport = getattr(getattr(send, "__self__", None), "transport", None)
-    return transport.abort if hasattr(transport, "abort") else lambda: None
+    abort = getattr(transport, "abort", None)
+    return abort if abort is not None else lambda: None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -4,77 +4,26 @@
 `prepare`, `deltas` and `complete`.
 """
 
+import importlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
 
 from atom.entrypoints.openai.chat_template import ChatTemplate
 from atom.entrypoints.openai.context import ServingContext, answer_id, check_priority, usage
+from atom.entrypoints.openai.deltas import ChatAnswer, ChatDelta, ReasoningParser, ToolCallDelta, ToolParser
 from atom.entrypoints.openai.protocol import UNLIMITED_TOKENS, ChatCompletionRequest, NamedToolChoice
 from atom.entrypoints.openai.serving_completion import finite, raise_error_of
 from atom.entrypoints.openai.streaming import DONE, event
 from atom.entrypoints.openai.structured import structured_output_of, with_structure
 from atom.model_engine.async_llm_engine import RequestStream
 from atom.model_engine.output_processor import OutputKind
-from atom.model_engine.outputs import CompletionOutput, PositionLogprobs
+from atom.model_engine.outputs import CompletionOutput
 from atom.utils.errors import ConfigError, RequestError
-
-
-@dataclass(slots=True)
-class ToolCallDelta:
-    """A piece of a call. id and name come with its first piece, arguments (JSON text) in any number of pieces."""
-
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
-
-
-@dataclass(slots=True)
-class ChatDelta:
-    """What became known of one of the n answers. finish_reason: OpenAI's, with the last delta of the answer."""
-
-    index: int
-    content: str = ""
-    reasoning_content: str = ""
-    tool_calls: list[ToolCallDelta] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] | None = None
-
-
-@dataclass(slots=True)
-class ChatAnswer:
-    """One of the n answers, whole."""
-
-    index: int
-    content: str = ""
-    reasoning_content: str = ""
-    tool_calls: list[ToolCallDelta] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] | None = None
-
-    def add(self, delta: ChatDelta) -> None:
-        self.content += delta.content
-        self.reasoning_content += delta.reasoning_content
-        for piece in delta.tool_calls:
-            call = next((c for c in self.tool_calls if c.index == piece.index), None)
-            if call is None:
-                self.tool_calls.append(ToolCallDelta(piece.index, piece.id, piece.name, piece.arguments))
-            else:
-                call.arguments += piece.arguments
-        self.token_ids += delta.token_ids
-        if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + delta.logprobs
-        if delta.finish_reason is not None:
-            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
 @dataclass(slots=True)
@@ -206,9 +155,9 @@ class ChatService:
 
 
 class _AnswerParser:
-    """Splits the text of one answer. Both parsers have push(text) and flush(), as described in `parsers`."""
+    """Splits the text of one answer."""
 
-    def __init__(self, reasoning: Any | None, tools: Any | None) -> None:
+    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:
         self._reasoning = reasoning
         self._tools = tools
         self._called = False
@@ -243,7 +192,7 @@ class _AnswerParser:
             )
         return delta
 
-    def _named(self, call: Any) -> ToolCallDelta:
+    def _named(self, call: ToolCallDelta) -> ToolCallDelta:
         call_id = call.id
         if call.name is not None and call_id is None:
             call_id = f"call_{uuid.uuid4().hex[:24]}"
@@ -354,9 +303,9 @@ def _lookup(kind: str, name: str | None, tokenizer: Any) -> Any | None:
     if name is None:
         return None
     try:
-        from atom.entrypoints.openai import parsers
-    except ImportError:
-        raise ConfigError(f"{kind} parser {name!r}: no parsers are installed") from None
+        parsers = importlib.import_module("atom.entrypoints.openai.parsers")
+    except ModuleNotFoundError:
+        raise ConfigError(f"{kind} parser {name!r} is not supported yet") from None
     get = parsers.get_reasoning_parser if kind == "reasoning" else parsers.get_tool_parser
     return get(name, tokenizer)
 

@@ -97,15 +97,14 @@ class CompletionService:
     async def complete(self, prepared: Prepared) -> dict[str, Any]:
         """The whole answer."""
         try:
-            outputs: list[RequestOutput | None] = [None] * len(prepared.streams)
+            outputs: dict[int, RequestOutput] = {}
             async for index, output in each_output(prepared.streams, prepared.signal):
                 outputs[index] = output
         finally:
             prepared.close()
         choices, num_completion, num_cached, num_prompt = [], 0, 0, 0
         n = prepared.params.n
-        for index, output in enumerate(outputs):
-            assert output is not None
+        for index, output in outputs.items():
             raise_error_of(output)
             num_prompt += len(output.prompt_token_ids)
             num_cached += output.num_cached_tokens
