@@ -1,0 +1,10 @@
+import pytest
+from live import LiveServer, live_server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> LiveServer:
+    """One server for all tests that harm it in no lasting way."""
+    flags = ["--max-num-seqs", "16"]
+    with live_server(tmp_path_factory.mktemp("server"), *flags) as server:
+        yield server
