@@ -679,6 +679,11 @@ class Config(StrictConfig):
         source = "the tokenizer's end tokens" if self.model_path.gguf_file else "the generation config's end tokens"
         self.reasons["stop_token_ids"] = f"given, and {source}" if given else source
 
+    @property
+    def end_token_ids(self) -> list[int]:
+        """The model's own, which end an answer unless a request ignores them."""
+        return list(dict.fromkeys(i for i in (self.eos_token_id, *self.stop_token_ids) if i >= 0))
+
     def _derive_graph_batch_sizes(self) -> None:
         compilation = self.compilation_config
         if self.enforce_eager:

@@ -14,6 +14,8 @@ MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
 MAX_LISTED_TOKENS = 1024  # of stop_token_ids and of logit_bias
+STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
+MAX_CHOICES = 4096
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow the scaled logits and means the same as 0
 
 
@@ -30,6 +32,9 @@ class SamplingParams:
     and the prompt's, 1 = off. min_tokens: no end before that many. logprobs, prompt_logprobs: how many
     top candidates to report (0..20) beside the token itself; None = none. n: completions a prompt.
     logit_bias: token id -> value in -100..100 added to its logit.
+    structured_output: the form of the answer, one of {"json": schema}, {"json_object": True}, {"regex": text},
+    {"choice": texts} and {"grammar": text (GBNF or Lark)}; "after" beside it names a text ("</think>") that ends
+    a free part before it.
     Raises RequestError, whose `param` names the field.
     """
 
@@ -50,6 +55,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
     logit_bias: dict[int, float] | None = None
+    structured_output: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "SamplingParams":
         known = cls.__dataclass_fields__
@@ -78,6 +84,7 @@ class SamplingParams:
         prompt_logprobs: int | None = None,
         n: int = 1,
         logit_bias: Mapping[int, float] | None = None,
+        structured_output: dict[str, Any] | None = None,
         *,
         stop: str | list[str] | None = None,
     ) -> None:
@@ -100,6 +107,7 @@ class SamplingParams:
         self.prompt_logprobs = prompt_logprobs
         self.n = n
         self.logit_bias = logit_bias  # type: ignore[assignment]
+        self.structured_output = structured_output
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -133,6 +141,7 @@ class SamplingParams:
             self.prompt_logprobs = _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         self.n = _integer("n", self.n, 1, MAX_N)
         self.logit_bias = _logit_bias(self.logit_bias)
+        self.structured_output = _structured_output(self.structured_output)
 
 
 def _real(name: str, value: Any, low: float, high: float) -> float:
@@ -199,3 +208,31 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
             key = int(key)  # JSON has no integer keys
         bias[_integer(f"{name} key", key, 0, 2**31 - 1)] = _real(f"{name}[{key}]", amount, -100, 100)
     return bias or None
+
+
+def _structured_output(value: Any) -> dict[str, Any] | None:
+    """The shape of it; whether the schema or the grammar itself is right shows when it is used."""
+    if value is None:
+        return None
+    name = "structured_output"
+    if not isinstance(value, dict):
+        raise RequestError(f"{name} must be a dict, not {type(value).__name__}", name)
+    kinds = [key for key in value if key != "after"]
+    if len(kinds) != 1 or kinds[0] not in STRUCTURES:
+        raise RequestError(f"{name} must have exactly one of the keys {', '.join(STRUCTURES)}", name)
+    kind, given = kinds[0], value[kinds[0]]
+    if kind in ("regex", "grammar") and not (isinstance(given, str) and given):
+        raise RequestError(f"{name}.{kind} must be a text that is not empty", name)
+    if kind == "json_object" and given is not True:
+        raise RequestError(f"{name}.json_object must be true", name)
+    if kind == "json" and not isinstance(given, dict | str | bool):
+        raise RequestError(f"{name}.json must be a JSON schema", name)
+    if kind == "choice":
+        if not (isinstance(given, list | tuple) and given and all(isinstance(text, str) and text for text in given)):
+            raise RequestError(f"{name}.choice must be a list of texts, none of them empty", name)
+        if len(given) > MAX_CHOICES:
+            raise RequestError(f"{name}.choice has {len(given)} texts; at most {MAX_CHOICES} are allowed", name)
+    after = value.get("after")
+    if after is not None and not (isinstance(after, str) and 0 < len(after) <= 64):
+        raise RequestError(f"{name}.after must be a text of 1 to 64 characters", name)
+    return value

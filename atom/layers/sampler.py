@@ -33,6 +33,9 @@ class SamplingMetadata:
     bias_rows: torch.Tensor | None = None  # int64 [B]
     bias_tokens: torch.Tensor | None = None  # int64 [B]
     bias_values: torch.Tensor | None = None  # float32 [B]
+    # Rows whose next token must be one of a set.
+    mask_rows: torch.Tensor | None = None  # int64 [M]
+    token_masks: torch.Tensor | None = None  # uint8 [M, >= V/8]: bit t % 8 of byte t // 8 tells whether t may come
     num_logprobs: int = -1  # the most any row asks for; -1 = none asks, 0 = chosen token only
     logprob_rows: torch.Tensor | None = None  # int64 [L], those that ask; None = all rows
 
@@ -47,7 +50,7 @@ class SamplerOutput:
 
 
 class Sampler(nn.Module):
-    """Logits to tokens. Order: penalties, bias, then greedy or the `sample` op (temperature, filters)."""
+    """Logits to tokens. Order: penalties, bias, masks, then greedy or the `sample` op (temperature, filters)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class Sampler(nn.Module):
     def forward(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """logits: float32 [R, V]; may be overwritten, unless log probabilities are asked for."""
         adjusted = logits
-        if metadata.penalty_rows is not None or metadata.bias_rows is not None:
+        if not (metadata.penalty_rows is metadata.bias_rows is metadata.mask_rows is None):
             if metadata.num_logprobs >= 0:
                 adjusted = logits.clone()
             if metadata.penalty_rows is not None:
@@ -66,6 +69,9 @@ class Sampler(nn.Module):
                 assert metadata.bias_values is not None
                 where = (metadata.bias_rows, metadata.bias_tokens)
                 adjusted.index_put_(where, metadata.bias_values, accumulate=True)
+            if metadata.mask_rows is not None:
+                assert metadata.token_masks is not None
+                apply_masks_(adjusted, metadata.mask_rows, metadata.token_masks)
         if metadata.all_greedy:
             token_ids = greedy(adjusted)
         else:
@@ -104,6 +110,17 @@ def apply_penalties_(logits: torch.Tensor, metadata: SamplingMetadata) -> None:
         before = logits[rows]
         after = _penalize(before, counts, presence.unsqueeze(1), frequency.unsqueeze(1), repetition.unsqueeze(1))
         logits[rows] = torch.where(mask | (counts > 0), after, before)
+
+
+def apply_masks_(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
+    """-inf for tokens whose bit is 0, in `rows` (int64 [M]) of float32 [R, V], in place. masks: uint8 [M, bytes]."""
+    vocab_size = logits.shape[1]
+    if logits.device.type == "cpu":
+        bits = torch.from_numpy(np.unpackbits(masks.numpy(), axis=1, count=vocab_size, bitorder="little")).bool()
+    else:
+        place = torch.arange(8, dtype=torch.uint8, device=masks.device)
+        bits = ((masks.unsqueeze(2) >> place) & 1).flatten(1)[:, :vocab_size].bool()
+    logits[rows] = logits[rows].masked_fill_(~bits, -torch.inf)
 
 
 def _penalize(

@@ -214,7 +214,7 @@ class AsyncLLMEngine:
             engine.tokenizer,
             vocab_size=config.hf_config.vocab_size,
             max_model_len=config.max_model_len,
-            end_token_ids=list(dict.fromkeys(i for i in (config.eos_token_id, *config.stop_token_ids) if i >= 0)),
+            end_token_ids=config.end_token_ids,
             seed=config.seed,
         )
         engine.detokenizers = DetokenizerFactory(engine.tokenizer)
@@ -295,6 +295,9 @@ class AsyncLLMEngine:
         self._require_core()
         if isinstance(prompt, str) and len(prompt) > _INLINE_CHARACTERS:
             prompt = {"prompt": prompt, "prompt_token_ids": await self.encode(prompt)}
+            self._require_core()
+        if sampling_params.structured_output is not None:
+            await self.in_thread(lambda processor: processor.grammar_of(sampling_params))  # known from then on
             self._require_core()
         request_id = request_id if request_id is not None else f"request-{next(self._ids)}"
         processed = self.input_processor.process(

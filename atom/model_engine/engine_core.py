@@ -10,6 +10,8 @@ from atom.model_engine.block_manager import BlockManager
 from atom.model_engine.executor import make_executor
 from atom.model_engine.protocol import EngineOutput, EngineRequest, ModelOutput, ScheduledBatch
 from atom.model_engine.scheduler import Scheduler, SchedulerLimits
+from atom.model_engine.structured_output import Grammar, GrammarCompiler
+from atom.model_loader.tokenizer import load_tokenizer
 from atom.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -36,19 +38,31 @@ class EngineCore:
             BlockManager(self.plan.num_blocks, config.kv_cache_block_size, config.enable_prefix_caching),
         )
         self._in_flight: deque[tuple[ScheduledBatch, Callable[[], ModelOutput]]] = deque()
+        self._grammars = GrammarCompiler(
+            lambda: load_tokenizer(config), config.hf_config.vocab_size, config.end_token_ids
+        )
+        self._unprepared: dict[str, tuple[EngineRequest, Grammar]] = {}  # their grammars are being made
 
     def add_request(self, request: EngineRequest) -> None:
-        self.scheduler.add(request)
+        if request.grammar:
+            self._unprepared[request.request_id] = (request, self._grammars.start(request.grammar))
+        else:
+            self.scheduler.add(request)
 
     def abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            self.scheduler.abort(request_id)
+            if self._unprepared.pop(request_id, None) is None:
+                self.scheduler.abort(request_id)
 
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished()
+        return bool(self._unprepared) or self.scheduler.has_unfinished()
 
     def step(self) -> list[EngineOutput]:
         """The outputs of the oldest step under way, after starting as many as may overlap with it."""
+        failed = self._admit_prepared() if self._unprepared else []
+        return failed + self._step() if failed else self._step()
+
+    def _step(self) -> list[EngineOutput]:
         while len(self._in_flight) < self.executor.max_in_flight:
             batch = self.scheduler.schedule()
             if batch is None:
@@ -58,6 +72,27 @@ class EngineCore:
             return []
         batch, result = self._in_flight.popleft()
         return self.scheduler.update(batch, result())
+
+    def _admit_prepared(self) -> list[EngineOutput]:
+        """Hand requests whose grammar is there to the scheduler; those whose grammar failed are returned."""
+        failed = []
+        for request_id, (request, grammar) in list(self._unprepared.items()):
+            if not grammar.is_ready:
+                continue
+            del self._unprepared[request_id]
+            if grammar.check():
+                self.scheduler.add(request, grammar)
+            else:
+                failed.append(
+                    EngineOutput(
+                        request_id=request_id,
+                        new_token_ids=[],
+                        finish_reason="error",
+                        error=grammar.error,
+                        error_param="structured_output",
+                    )
+                )
+        return failed
 
     def is_stepping(self) -> bool:
         """Whether anything is admitted or under way; False while all that there is waits."""
@@ -83,7 +118,7 @@ class EngineCore:
         blocks = self.scheduler.blocks
         return {
             "running": self.scheduler.num_running,
-            "waiting": self.scheduler.num_waiting,
+            "waiting": self.scheduler.num_waiting + len(self._unprepared),
             "kv_cache_usage": 1 - blocks.num_free_blocks / blocks.num_blocks,
             "prefix_hit_rate": blocks.num_hit_tokens / max(1, blocks.num_queried_tokens),
             "preemptions": self.scheduler.num_preemptions,
@@ -98,4 +133,5 @@ class EngineCore:
         return {**asdict(plan), "cache_bytes": plan.cache_bytes, "num_cached_tokens": plan.num_cached_tokens}
 
     def close(self) -> None:
+        self._grammars.close()
         self.executor.close()

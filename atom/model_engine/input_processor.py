@@ -9,6 +9,7 @@ from typing import Any
 
 from atom.model_engine.outputs import unix_time
 from atom.model_engine.protocol import EngineRequest
+from atom.model_engine.structured_output import grammar_of
 from atom.sampling_params import SamplingParams
 from atom.utils.errors import RequestError
 from atom.utils.strict import did_you_mean
@@ -70,6 +71,7 @@ class InputProcessor:
         _require_type("priority", priority, int)
         _require_type("cache_salt", cache_salt, str)
         self._check_params(params)
+        grammar = self.grammar_of(params)
         text, token_ids = self._tokens_of(prompt)
         return ProcessedRequest(
             request_id=request_id,
@@ -85,10 +87,19 @@ class InputProcessor:
                     arrival_time=arrival_time,
                     cache_salt=cache_salt,
                     priority=priority,
+                    grammar=grammar,
                 )
                 for child_id, child_params in self._expand(request_id, params, len(token_ids))
             ],
         )
+
+    def grammar_of(self, params: SamplingParams) -> str:
+        """The grammar of the structured output that is asked for, "" for none. The first time may take a while."""
+        if params.structured_output is None:
+            return ""
+        if self.tokenizer is None:
+            raise RequestError("structured_output: the model has no tokenizer", "structured_output")
+        return grammar_of(params.structured_output)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; refuses one that is too long to fit before spending time on it."""
@@ -182,6 +193,7 @@ class InputProcessor:
             stop_token_ids=stop_token_ids,
             stop_strings=None,  # matched on the text, in this process
             n=1,
+            structured_output=None,  # the grammar says it
         )
         if params.n == 1:
             return [(request_id, resolved)]

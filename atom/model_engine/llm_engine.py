@@ -38,7 +38,7 @@ class LLMEngine:
             self.tokenizer,
             vocab_size=config.hf_config.vocab_size,
             max_model_len=config.max_model_len,
-            end_token_ids=list(dict.fromkeys(i for i in (config.eos_token_id, *config.stop_token_ids) if i >= 0)),
+            end_token_ids=config.end_token_ids,
             seed=config.seed,
         )
         self.output_processor = OutputProcessor(DetokenizerFactory(self.tokenizer))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from atom.config import CompilationLevel, Config, CUDAGraphMode
 from atom.forward_context import ForwardContext, set_forward_context
 from atom.layers.attention.layer import Attention
 from atom.layers.build import BuildContext
-from atom.layers.sampler import Sampler, SamplerOutput
+from atom.layers.sampler import Sampler, SamplerOutput, SamplingMetadata
 from atom.model_engine import kv_cache
 from atom.model_engine.graph_runner import GraphRunner
 from atom.model_engine.input_batch import InputBatch, StepInput
@@ -151,7 +152,10 @@ class ModelRunner:
         if len(step.sampling) != len(hidden):
             hidden = hidden[step.logits_indices]
         rows = step.rows[step.sampling]
-        sampled = self.sampler(self.compute_logits(hidden), self.sampling.build(rows))
+        metadata = self.sampling.build(rows)
+        if batch.token_masks:
+            metadata = self._with_masks(metadata, step.request_ids, batch.token_masks)
+        sampled = self.sampler(self.compute_logits(hidden), metadata)
         self.sampling.append(rows, sampled.token_ids)
         self.batch.advance(step, sampled.token_ids)
         wanted = [self._params(row).logprobs for row in rows.tolist()] if sampled.logprobs is not None else None
@@ -268,6 +272,17 @@ class ModelRunner:
                 (free_before - self.platform.memory()[0]) / 2**30,
             )
         return runner
+
+    def _with_masks(
+        self, metadata: SamplingMetadata, request_ids: list[str], masks: dict[str, bytes]
+    ) -> SamplingMetadata:
+        rows = [i for i, request_id in enumerate(request_ids) if request_id in masks]
+        data = bytearray(b"".join(masks[request_ids[i]] for i in rows))
+        return replace(
+            metadata,
+            mask_rows=torch.tensor(rows, device=self.device),
+            token_masks=torch.frombuffer(data, dtype=torch.uint8).view(len(rows), -1).to(self.device),
+        )
 
     def _params(self, row: int) -> SamplingParams:
         params = self.batch.params[row]

@@ -103,6 +103,7 @@ class _Request:
         "answers",
         "detokenizers",
         "error",
+        "error_param",
         "kind",
         "metrics",
         "num_cached_tokens",
@@ -118,6 +119,7 @@ class _Request:
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         self.error: str | None = None
+        self.error_param: str | None = None
         self.answers = [_Answer(self, index) for index in range(len(processed.children))]
 
     @property
@@ -132,7 +134,7 @@ class _Request:
             limit = self.processed.sampling_params.prompt_logprobs or 0
             self.prompt_logprobs = [None, *(self.position_logprobs(p, limit) for p in output.prompt_logprobs)]
         if output.error is not None:
-            self.error = output.error
+            self.error, self.error_param = output.error, output.error_param
         before = len(answer.token_ids)
         answer.accept(output)
         self.metrics.num_generation_tokens += len(answer.token_ids) - before
@@ -163,6 +165,7 @@ class _Request:
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
             error=self.error,
+            error_param=self.error_param,
         )
 
 

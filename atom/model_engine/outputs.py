@@ -66,6 +66,7 @@ class CompletionOutput:
 class RequestOutput:
     """A request and its answers so far; with error set, outputs may be empty.
 
+    error_param: the parameter of the request that is to blame for the error, if one is.
     prompt_logprobs: one entry a prompt token, None for the first, which has no prediction.
     num_cached_tokens: prompt tokens that the prefix cache spared.
     """
@@ -79,6 +80,7 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    error_param: str | None = None
 
 
 _CLOCK_OFFSET = time.time() - time.monotonic()

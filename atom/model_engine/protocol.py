@@ -17,6 +17,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     arrival_time: float
     cache_salt: str = ""
     priority: int = 0
+    grammar: str = ""  # that the answer must follow, as structured_output.grammar_of writes it
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -38,6 +39,7 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     prompt_logprobs: list[TokenLogprobs] | None = None  # for prompt positions 1.., once
     num_cached_tokens: int = 0
     error: str | None = None
+    error_param: str | None = None  # the parameter of the request that is to blame, if one is
 
 
 class NewRequest(msgspec.Struct, kw_only=True):
@@ -67,6 +69,7 @@ class ScheduledBatch(msgspec.Struct, kw_only=True):
     num_scheduled_tokens: dict[str, int]  # request_id -> tokens to compute now
     removed_request_ids: list[str]  # finished, aborted or preempted: forget them first
     total_tokens: int
+    token_masks: dict[str, bytes] = msgspec.field(default_factory=dict)  # request_id -> a bit a token that may come
 
 
 class ModelOutput(msgspec.Struct, kw_only=True):

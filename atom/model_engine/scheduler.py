@@ -7,8 +7,9 @@ blocks are freed and it is computed again later (recompute).
 
 Steps may overlap: `schedule` may be called again before `update` has seen the last step's tokens. It then
 counts on one more token for each request that samples, and plans no further than a request can go. What
-only the tokens tell (a stop token) takes effect one step late, and the surplus token is dropped. Steps
-must execute in the order they were scheduled.
+only the tokens tell (a stop token) takes effect one step late, and the surplus token is dropped. A request
+with a grammar does not run ahead: its last token tells what the next may be. Steps must execute in the order
+they were scheduled.
 """
 
 import bisect
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from atom.model_engine.block_manager import BlockManager
 from atom.model_engine.protocol import (
@@ -28,6 +30,9 @@ from atom.model_engine.protocol import (
     ScheduledBatch,
 )
 from atom.model_engine.sequence import Sequence, SequenceStatus
+
+if TYPE_CHECKING:
+    from atom.model_engine.structured_output import Grammar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +85,10 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
 
-    def add(self, request: EngineRequest) -> None:
+    def add(self, request: EngineRequest, grammar: "Grammar | None" = None) -> None:
+        """grammar: must be ready."""
         assert request.request_id not in self._sequences, f"request id {request.request_id!r} is in use"
-        seq = Sequence(request, self._order)
+        seq = Sequence(request, self._order, grammar)
         self._order += 1
         self._sequences[seq.request_id] = seq
         self._waiting_since[seq.request_id] = self._clock()
@@ -117,7 +123,7 @@ class Scheduler:
         has_prefill = False
 
         # Decodes before chunks of prompts, each in order of service.
-        going_on = [s for s in self._running if not self._will_end(s)]
+        going_on = [s for s in self._running if not self._must_wait(s)]
         decoding = [s for s in going_on if s.num_uncomputed_tokens == 1]
         prefilling = [s for s in going_on if s.num_uncomputed_tokens > 1]
         for seq in decoding + prefilling:
@@ -191,13 +197,19 @@ class Scheduler:
             seq.num_computed_tokens += scheduled[request_id]
             if seq.num_uncomputed_tokens == 0:
                 seq.num_pending_tokens += 1
-        self._in_flight.append(_Step(list(sequences.values()), self._clock(), has_prefill))
+        step = list(sequences.values())
+        self._in_flight.append(_Step(step, self._clock(), has_prefill))
         return ScheduledBatch(
             new_requests=new,
             cached_requests=cached,
             num_scheduled_tokens=scheduled,
             removed_request_ids=removed,
             total_tokens=self.limits.max_num_batched_tokens - budget,
+            token_masks={
+                seq.request_id: seq.grammar.mask(seq.params.ignore_eos)
+                for seq in step
+                if seq.grammar is not None and seq.num_pending_tokens
+            },
         )
 
     def update(self, batch: ScheduledBatch, output: ModelOutput) -> list[EngineOutput]:
@@ -235,6 +247,15 @@ class Scheduler:
 
     def _take_tokens(self, seq: Sequence, sampled: list[int], output: ModelOutput) -> EngineOutput:
         taken, reason, stop_reason = self._append(seq, sampled)
+        if seq.grammar is not None and seq.grammar.error is not None:
+            self._finish(seq)
+            return EngineOutput(
+                request_id=seq.request_id,
+                new_token_ids=[],
+                finish_reason="error",
+                error=seq.grammar.error,
+                error_param="structured_output",
+            )
         logprobs = output.logprobs.get(seq.request_id)
         if reason is not None:
             self.blocks.register_computed(seq)
@@ -256,16 +277,20 @@ class Scheduler:
             seq.token_ids.append(token)
             num_known = len(seq.token_ids)
             num_output = num_known - seq.num_prompt_tokens
+            if seq.grammar is not None and seq.grammar.takes_last(token):
+                return sampled[:i], "stop", token if token in seq.stop_token_ids else None
             if token in seq.stop_token_ids and num_output >= params.min_tokens:
                 return sampled[:i], "stop", token
             if num_output >= params.max_tokens or num_known >= self.limits.max_model_len:
                 return sampled[:i], "length", None
         return sampled, None, None
 
-    def _will_end(self, seq: Sequence) -> bool:
-        """Whether the tokens still on their way are the last ones it can have."""
+    def _must_wait(self, seq: Sequence) -> bool:
+        """Whether the tokens still on their way are the last ones it can have, or tell what may follow."""
         return seq.num_pending_tokens > 0 and (
-            seq.num_output_tokens >= seq.params.max_tokens or seq.num_tokens >= self.limits.max_model_len
+            seq.grammar is not None
+            or seq.num_output_tokens >= seq.params.max_tokens
+            or seq.num_tokens >= self.limits.max_model_len
         )
 
     def _may_admit(self, seq: Sequence) -> bool:

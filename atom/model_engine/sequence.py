@@ -1,8 +1,12 @@
 """One request as the scheduler sees it: its tokens, its blocks, and how far it has been computed."""
 
 import enum
+from typing import TYPE_CHECKING
 
 from atom.model_engine.protocol import EngineRequest
+
+if TYPE_CHECKING:
+    from atom.model_engine.structured_output import Grammar
 
 
 class SequenceStatus(enum.Enum):
@@ -22,6 +26,7 @@ class Sequence:
     __slots__ = (
         "block_hashes",
         "block_ids",
+        "grammar",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_pending_tokens",
@@ -37,10 +42,11 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: EngineRequest, order: int) -> None:
+    def __init__(self, request: EngineRequest, order: int, grammar: "Grammar | None" = None) -> None:
         self.request = request
         self.request_id = request.request_id
         self.params = request.sampling_params
+        self.grammar = grammar  # has taken in all known tokens of the output
         self.order = order  # of arrival: the tie-break among equal priorities
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)

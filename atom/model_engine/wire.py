@@ -10,7 +10,7 @@ import msgspec
 
 from atom.model_engine.protocol import EngineOutput, EngineRequest
 
-PROTOCOL_VERSION = 1  # raise it with every change of a message
+PROTOCOL_VERSION = 2  # raise it with every change of a message
 
 
 class _Message(msgspec.Struct, array_like=True, tag=True):

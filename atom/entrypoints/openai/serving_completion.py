@@ -261,6 +261,8 @@ async def each_output(streams: list[RequestStream], signal: Signal) -> AsyncIter
 def raise_error_of(output: RequestOutput) -> None:
     """An error that the engine met while it computed this request."""
     if output.error is not None:
+        if output.error_param is not None:
+            raise RequestError(output.error, output.error_param)
         raise ApiError(500, output.error, code="engine_error")
 
 
