@@ -19,7 +19,7 @@ from atom.entrypoints.openai.deltas import ChatAnswer, ChatDelta, ReasoningParse
 from atom.entrypoints.openai.protocol import UNLIMITED_TOKENS, ChatCompletionRequest, NamedToolChoice
 from atom.entrypoints.openai.serving_completion import finite, raise_error_of
 from atom.entrypoints.openai.streaming import DONE, event
-from atom.entrypoints.openai.structured import structured_output_of, with_structure
+from atom.entrypoints.openai.structured import structured_output_of
 from atom.model_engine.async_llm_engine import RequestStream
 from atom.model_engine.output_processor import OutputKind
 from atom.model_engine.outputs import CompletionOutput
@@ -70,7 +70,7 @@ class ChatService:
             "max_tokens": UNLIMITED_TOKENS if most is None else most,
             "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
         }
-        with_structure(fixed, structured_output_of(request))
+        fixed["structured_output"] = await structured_output_of(context.engine, request)
         params = request.make_sampling_params(**fixed)
         hides_tools = request.tool_choice == "none"
         kwargs = dict(request.chat_template_kwargs or {})

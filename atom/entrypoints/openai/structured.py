@@ -3,17 +3,17 @@
 from typing import Any
 
 from atom.entrypoints.openai.protocol import SamplingFields
-from atom.sampling_params import SamplingParams
+from atom.model_engine.async_llm_engine import AsyncLLMEngine
+from atom.sampling_params import STRUCTURES, SamplingParams
 from atom.utils.errors import RequestError
 
 _GUIDES = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
-_KINDS = ("json", "regex", "grammar", "choice", "json_object")
 
 
-def structured_output_of(request: SamplingFields) -> dict[str, Any] | None:
+async def structured_output_of(engine: AsyncLLMEngine, request: SamplingFields) -> dict[str, Any] | None:
     """{"json": schema}, {"regex": text}, {"grammar": text}, {"choice": texts} or {"json_object": True}; or None.
 
-    Raises RequestError for several at once.
+    Raises RequestError, which names the request's field, for several at once or one that can't be used.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in _GUIDES:
@@ -22,23 +22,29 @@ def structured_output_of(request: SamplingFields) -> dict[str, Any] | None:
             found[name] = {name.removeprefix("guided_"): value}
     if request.structured_outputs:
         given = {kind: value for kind, value in request.structured_outputs.items() if value is not None}
-        if len(given) != 1 or not set(given) <= set(_KINDS):
-            raise RequestError(f"structured_outputs must have exactly one of {', '.join(_KINDS)}", "structured_outputs")
+        if len(given) != 1 or not set(given) <= set(STRUCTURES):
+            raise RequestError(
+                f"structured_outputs must have exactly one of {', '.join(STRUCTURES)}", "structured_outputs"
+            )
         found["structured_outputs"] = given
     if request.response_format is not None and request.response_format.type != "text":
         found["response_format"] = _of_response_format(request)
     if len(found) > 1:
         raise RequestError(f"{' and '.join(found)} contradict each other; give one of them", next(iter(found)))
-    return next(iter(found.values()), None)
+    for name, structure in found.items():
+        return await checked(engine, structure, name)
+    return None
 
 
-def with_structure(values: dict[str, Any], structure: dict[str, Any] | None, param: str = "response_format") -> None:
-    """Put it into the keyword arguments of SamplingParams."""
-    if structure is None:
-        return
-    if "structured_output" not in SamplingParams.__dataclass_fields__:
-        raise RequestError(f"{param}: structured output is not supported yet", param)
-    values["structured_output"] = structure
+async def checked(engine: AsyncLLMEngine, structure: dict[str, Any], field: str) -> dict[str, Any]:
+    """The structure, if answers can be held to it; its grammar is made off the event loop. RequestError for `field`."""
+    try:
+        params = SamplingParams(structured_output=structure)
+        await engine.in_thread(lambda processor: processor.grammar_of(params))
+    except RequestError as error:
+        kind = next(iter(structure))
+        raise RequestError(str(error).replace(f"structured_output.{kind}", field), field) from None
+    return structure
 
 
 def _of_response_format(request: SamplingFields) -> dict[str, Any]:
