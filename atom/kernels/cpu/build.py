@@ -108,7 +108,7 @@ def _build(compiler: str, flags: Sequence[str], path: Path) -> None:
 
 
 def _kernel_flags(march: str) -> list[str]:
-    flags = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+    flags = ["-O3", "-g0", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden"]
     flags += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *_WARNINGS]
     if platform.machine() in ("x86_64", "AMD64", "i686") or march != "native":
         flags.append(f"-march={march}")

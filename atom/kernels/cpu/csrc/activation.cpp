@@ -4,12 +4,10 @@
 namespace atom {
 
 void silu_and_mul(DType type, int64_t rows, int64_t half, const void* x, int64_t ldx, void* out, int threads) {
-  if (rows * half < 8192) threads = 1;
   by_type(type, [&](auto tag) {
     using T = decltype(tag);
-    parallel(threads, [&](int thread, int team) {
-      const Range r = share(rows, thread, team);
-      for (int64_t row = r.begin; row < r.end; ++row) {
+    for_rows(rows, half, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
         const T* gate = (const T*)x + row * ldx;
         T* to = (T*)out + row * half;
         for (int64_t i = 0; i < half; i += 16)

@@ -41,10 +41,8 @@ int64_t row_argmax(const float* x, int64_t n) {
 }  // namespace
 
 void argmax(const float* x, int64_t rows, int64_t cols, int64_t ldx, int64_t* out, int threads) {
-  if (rows < 2 || rows * cols < 32768) threads = 1;
-  parallel(threads, [&](int thread, int team) {
-    const Range r = share(rows, thread, team);
-    for (int64_t row = r.begin; row < r.end; ++row) out[row] = row_argmax(x + row * ldx, cols);
+  for_rows(rows, cols / 4, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) out[row] = row_argmax(x + row * ldx, cols);
   });
 }
 

@@ -305,7 +305,7 @@ class Attention {
     }
     std::atomic<int64_t> next{0};
     if (parts.empty()) {
-      parallel(threads, [&](int, int) {
+      team(threads, [&](int) {
         // Known one ahead, so that its first keys can be fetched early.
         int64_t i = next.fetch_add(1, std::memory_order_relaxed);
         while (i < count) {
@@ -321,14 +321,15 @@ class Attention {
     float* partials = (float*)shared.get(total * floats * sizeof(float));
     const Part* first_part = parts.data();
     std::atomic<int64_t> next_merge{0};
-    parallel(threads, [&](int, int) {
+    team(threads, [&](int) {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
         const Part& part = first_part[i];
         const Buffers buffers(*this);
         load_query(*part.work, part.work->head, buffers.query);
         split(*part.work, part.index, buffers, partials + part.partial * floats, nullptr);
       }
-#pragma omp barrier
+    });
+    team(threads, [&](int) {
       for (int64_t i; (i = next_merge.fetch_add(1, std::memory_order_relaxed)) < count;) {
         const Work& w = items_[i];
         const int64_t rows = w.tokens * group_;

@@ -1,7 +1,5 @@
-// 16-lane vectors over what the machine has (one AVX-512, two AVX or four NEON/SSE registers), conversions, threads.
+// 16-lane vectors over what the machine has (one AVX-512, two AVX or four NEON/SSE registers), conversions, scratch memory.
 #pragma once
-#include <omp.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -14,6 +12,7 @@
 #endif
 
 #include "kernels.h"
+#include "team.h"
 
 #define ATOM_INLINE inline __attribute__((always_inline))
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -247,19 +246,6 @@ ATOM_INLINE F16x exp2(F16x x) {
   return o;
 }
 ATOM_INLINE F16x silu(F16x x) { return x / (splat(1.0f) + exp2(x * splat(-1.44269504088896341f))); }
-
-// f(thread, threads) on every thread of one team; the caller alone when threads is 1.
-template <class F>
-ATOM_INLINE void parallel(int threads, F&& f) {
-  if (threads <= 1) return f(0, 1);
-#pragma omp parallel num_threads(threads)
-  f(omp_get_thread_num(), omp_get_num_threads());
-}
-// Rows [begin, end) of thread t, contiguous and balanced.
-struct Range {
-  int64_t begin, end;
-};
-ATOM_INLINE Range share(int64_t n, int64_t t, int64_t threads) { return {n * t / threads, n * (t + 1) / threads}; }
 
 // A buffer that grows and is kept; one a thread and place of use (`static thread_local Scratch`).
 class Scratch {

@@ -128,9 +128,8 @@ void pack_weight(DType type, const void* weight, int64_t n, int64_t k, int64_t l
     using T = decltype(tag);
     const int64_t panels = num_panels(n, paired), half = n / 2;
     const int64_t size = ksteps(type, k) * kwidth(type) * kPanel;
-    parallel(threads, [&](int thread, int team) {
-      const Range r = share(panels, thread, team);
-      for (int64_t p = r.begin; p < r.end; ++p) {
+    for_rows(panels, size, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
         const int64_t first = paired ? p / 2 * kPanel : p * kPanel;
         const int64_t rows = std::min(kPanel, (paired ? half : n) - first);
         pack_panel((const T*)weight, first + (paired && p % 2 ? half : 0), rows, k, ldw, (T*)packed + p * size);
@@ -141,6 +140,7 @@ void pack_weight(DType type, const void* weight, int64_t n, int64_t k, int64_t l
 
 void linear(const LinearArgs& args, int threads) {
   if (!args.m || !args.n) return;
+  threads = std::min(threads, kMaxThreads);
   const int64_t unit = args.paired ? 2 : 1;
   const int64_t columns = (args.n + kPanel - 1) / kPanel;  // panels, or pairs of panels
   if (args.m * args.n * args.k * unit < 65536) threads = 1;
@@ -155,20 +155,16 @@ void linear(const LinearArgs& args, int threads) {
   static thread_local Scratch scratch;
   bool convert;
   const Operand a = operand(args, scratch, convert);
-  parallel(threads, [&](int thread, int team) {
-    if (convert) {
-      const Range r = share(args.m, thread, team);
-      for (int64_t i = r.begin; i < r.end; ++i) convert_row(args, i, (char*)a.data + i * a.stride);
-      if (team > 1) {
-#pragma omp barrier
-      }
-    }
-    const int64_t by_rows = team % best_rows ? 1 : best_rows;
-    const Range m = share(args.m, thread % by_rows, by_rows);
-    const Range c = share(columns, thread / by_rows, team / by_rows);
-    if (args.type == DType::f32) linear_block<StepF32>(args, a, m.begin, m.end, c.begin * unit, c.end * unit);
-    else if (args.type == DType::bf16) linear_block<StepBF16>(args, a, m.begin, m.end, c.begin * unit, c.end * unit);
-    else linear_block<StepF16>(args, a, m.begin, m.end, c.begin * unit, c.end * unit);
+  if (convert)
+    for_rows(args.m, args.k, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) convert_row(args, i, (char*)a.data + i * a.stride);
+    });
+  const auto columns_of = [&](int part) { return share(columns, part / best_rows, threads / best_rows); };
+  shares(threads, kGroup / unit, columns_of, [&](int part, int64_t begin, int64_t end) {
+    const Range m = share(args.m, part % best_rows, best_rows);
+    if (args.type == DType::f32) linear_block<StepF32>(args, a, m.begin, m.end, begin * unit, end * unit);
+    else if (args.type == DType::bf16) linear_block<StepBF16>(args, a, m.begin, m.end, begin * unit, end * unit);
+    else linear_block<StepF16>(args, a, m.begin, m.end, begin * unit, end * unit);
   });
 }
 

@@ -51,10 +51,8 @@ void store_scaled(const T* from, f8* to, float* scale, int64_t dim) {
 
 void store_kv(const StoreArgs& args, int threads) {
   const int64_t bytes = element_size(args.type);
-  if (args.tokens * args.heads * args.dim < 32768) threads = 1;
-  parallel(threads, [&](int thread, int team) {
-    const Range r = share(args.tokens, thread, team);
-    for (int64_t token = r.begin; token < r.end; ++token) {
+  for_rows(args.tokens, args.heads * args.dim / 2, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
       const int64_t slot = args.slots[token];
       if (slot < 0) continue;
       const int64_t block = slot / args.block_size, offset = slot % args.block_size;

@@ -38,13 +38,9 @@ void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void rms_norm(const NormArgs& args, int threads) {
-  if (args.rows * args.cols < 16384) threads = 1;
   by_type(args.type, [&](auto tag) {
     using T = decltype(tag);
-    parallel(threads, [&](int thread, int team) {
-      const Range r = share(args.rows, thread, team);
-      norm_rows<T>(args, r.begin, r.end);
-    });
+    for_rows(args.rows, args.cols, threads, [&](int64_t begin, int64_t end) { norm_rows<T>(args, begin, end); });
   });
 }
 

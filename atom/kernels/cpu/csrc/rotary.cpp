@@ -49,12 +49,11 @@ void rotate_token(const RotaryArgs& args, int64_t token) {
 }  // namespace
 
 void rotary_embedding(const RotaryArgs& args, int threads) {
-  if (args.tokens * (args.heads[0] + args.heads[1]) * args.rotary_dim < 32768) threads = 1;
+  const int64_t cost = (args.heads[0] + args.heads[1]) * args.rotary_dim / 2;
   by_type(args.type, [&](auto tag) {
     using T = decltype(tag);
-    parallel(threads, [&](int thread, int team) {
-      const Range r = share(args.tokens, thread, team);
-      for (int64_t token = r.begin; token < r.end; ++token) rotate_token<T>(args, token);
+    for_rows(args.tokens, cost, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; ++token) rotate_token<T>(args, token);
     });
   });
 }
