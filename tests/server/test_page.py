@@ -254,6 +254,19 @@ def test_reasoning_folds(page, expect):
     expect(answer.locator(".reasoning .text")).to_have_text("Hm, 1+1.")
 
 
+def test_page_follows_a_server_that_returns_with_another_model(page, expect):
+    expect(page.locator("#state")).to_have_text("ready")
+    page.route("**/metrics", lambda route: route.abort())
+    expect(page.locator("#state")).to_have_text("unreachable")
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "other"}]}))
+    page.unroute("**/metrics")
+    expect(page.locator("#state")).to_have_text("ready")
+    expect(page.locator("#model")).to_have_value("other")
+    ask(page, "Hello")
+    error = whole(expect, page).locator(".error")
+    expect(error).to_have_text("404: the model 'other' does not exist; served: smollm2")
+
+
 def test_narrow_page_has_no_sideways_scrolling(page, expect):
     page.set_viewport_size({"width": 380, "height": 700})
     expect(page.locator("#panel")).to_be_hidden()

@@ -130,5 +130,11 @@ async function loadModels() {
   }
 }
 
-new EngineView({ meters: byId("meters"), state: byId("state"), totals: byId("totals"), glance: byId("glance") });
+new EngineView({
+  meters: byId("meters"),
+  state: byId("state"),
+  totals: byId("totals"),
+  glance: byId("glance"),
+  onReturn: loadModels, // perhaps with another model
+});
 loadModels();

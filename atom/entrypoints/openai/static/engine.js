@@ -19,7 +19,9 @@ export class EngineView {
   #last = null; // {time, generation, prompt}
   #timer = 0;
 
-  constructor({ meters, state, totals, glance }) {
+  /** onReturn(): the engine serves again. */
+  constructor({ meters, state, totals, glance, onReturn }) {
+    this.onReturn = onReturn;
     this.state = state;
     this.totals = totals;
     this.glance = glance;
@@ -69,7 +71,7 @@ export class EngineView {
     this.#meters.get("cache").push(cache, percent(cache), 0.01);
     const queries = value("prefix_cache_queries_total");
     const hits = queries ? value("prefix_cache_hits_total") / queries : 0;
-    this.totals.textContent = `Prompts ${number(rate("prompt"))} tok/s, ${percent(hits)} from the prefix cache`;
+    this.totals.textContent = `Prompts ${number(rate("prompt"))} tok/s, ${percent(hits)} from cache`;
     this.glance.textContent = `${number(generation)} tok/s`;
     if (value("engine_up")) this.#setState("up", running ? "busy" : "ready");
     else this.#setState("down", "down");
@@ -77,6 +79,7 @@ export class EngineView {
   }
 
   #setState(state, text) {
+    if (state === "up" && this.state.dataset.state === "down") this.onReturn();
     this.state.dataset.state = state;
     if (this.state.textContent !== text) this.state.textContent = text;
     if (state === "down") this.glance.textContent = text;
