@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from atom.kernels import get_op
-from atom.kernels.torch.sampling import greedy, top_logits
+from atom.kernels.torch.sampling import top_logits
 
 _RANKS_FROM_TOP = 20  # sampled tokens are seldom further down
 
@@ -54,7 +54,7 @@ class Sampler(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sample = get_op("sample")
+        self._greedy, self._sample = get_op("greedy"), get_op("sample")
 
     def forward(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """logits: float32 [R, V]; may be overwritten, unless log probabilities are asked for."""
@@ -73,7 +73,7 @@ class Sampler(nn.Module):
                 assert metadata.token_masks is not None
                 apply_masks_(adjusted, metadata.mask_rows, metadata.token_masks)
         if metadata.all_greedy:
-            token_ids = greedy(adjusted)
+            token_ids = self._greedy(adjusted)
         else:
             token_ids = self._sample(
                 adjusted, metadata.temperature, metadata.top_k, metadata.top_p, metadata.min_p, metadata.uniform

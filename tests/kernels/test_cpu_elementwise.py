@@ -11,9 +11,9 @@ if reason:
     pytest.skip(reason, allow_module_level=True)
 
 from atom.kernels.cpu.activation import silu_and_mul  # noqa: E402
-from atom.kernels.cpu.argmax import argmax  # noqa: E402
 from atom.kernels.cpu.norm import add_rms_norm, rms_norm  # noqa: E402
 from atom.kernels.cpu.rotary import rotary_embedding_  # noqa: E402
+from atom.kernels.cpu.sampling import greedy as argmax  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}

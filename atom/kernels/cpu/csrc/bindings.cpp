@@ -243,6 +243,36 @@ bool argmax(const Tensor& x, Tensor& out) {
   return true;
 }
 
+// Per-row parameters of `sample`: a vector of the type, or nothing.
+template <class T>
+bool per_row(const Tensor* t, int64_t rows, at::ScalarType type, const T*& data) {
+  data = nullptr;
+  if (!t) return true;
+  if (t->scalar_type() != type || t->dim() != 1 || t->size(0) != rows || !t->is_contiguous()) return false;
+  data = t->const_data_ptr<T>();
+  return true;
+}
+
+bool sample(const Tensor& logits, const Tensor* temperature, const Tensor* top_k, const Tensor* top_p,
+            const Tensor* min_p, const Tensor* uniform, Tensor& out) {
+  atom::SampleArgs args;
+  if (logits.scalar_type() != at::kFloat || logits.dim() != 2 || logits.stride(1) != 1 || logits.size(1) == 0 ||
+      !temperature || !uniform)
+    return false;
+  args.rows = logits.size(0);
+  if (!per_row(temperature, args.rows, at::kFloat, args.temperature) ||
+      !per_row(top_k, args.rows, at::kInt, args.top_k) || !per_row(top_p, args.rows, at::kFloat, args.top_p) ||
+      !per_row(min_p, args.rows, at::kFloat, args.min_p) || !per_row(uniform, args.rows, at::kFloat, args.uniform))
+    return false;
+  args.cols = logits.size(1);
+  args.ldx = logits.stride(0);
+  args.logits = logits.const_data_ptr<float>();
+  out = empty({args.rows}, at::kLong);
+  args.out = out.data_ptr<int64_t>();
+  atom::sample(args, at::get_num_threads());
+  return true;
+}
+
 // ---- torch.ops.atom_cpu ----
 
 const Tensor* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }
@@ -403,12 +433,20 @@ FUNCTION(py_argmax) {
     return argmax(tensor(a[0]), out) ? wrap(std::move(out)) : unsupported();
   });
 }
+FUNCTION(py_sample) {
+  return call<6>(count, [&] {
+    Tensor out;
+    return sample(tensor(a[0]), optional_tensor(a[1]), optional_tensor(a[2]), optional_tensor(a[3]),
+                  optional_tensor(a[4]), optional_tensor(a[5]), out) ? wrap(std::move(out)) : unsupported();
+  });
+}
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(atom::isa()); }
 
 #define METHOD(name) {#name, (PyCFunction)(void*)py_##name, METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {METHOD(pack_weight), METHOD(linear), METHOD(linear_silu_and_mul), METHOD(rms_norm),
                          METHOD(add_rms_norm), METHOD(silu_and_mul), METHOD(rotary), METHOD(store_kv),
-                         METHOD(paged_attention), METHOD(argmax), {"isa", py_isa, METH_NOARGS, nullptr},
+                         METHOD(paged_attention), METHOD(argmax), METHOD(sample),
+                         {"isa", py_isa, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "atom_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -66,7 +66,18 @@ struct RotaryArgs {
 };
 void rotary_embedding(const RotaryArgs& args, int threads);
 
+// ---- sampling ----
 void argmax(const float* x, int64_t rows, int64_t cols, int64_t ldx, int64_t* out, int threads);
+
+struct SampleArgs {
+  int64_t rows, cols, ldx;
+  const float *logits, *temperature;
+  const int32_t* top_k;         // these three may be null
+  const float *top_p, *min_p;
+  const float* uniform;
+  int64_t* out;
+};
+void sample(const SampleArgs& args, int threads);
 
 // ---- paged cache ----
 struct Cache {  // one of k and v
