@@ -12,14 +12,14 @@ class ElementToolParser(GrammarToolParser):
 
     def _begin_call(self, name: str) -> None:
         self._announce(name)
-        self._types = parameter_types(self._request, name)
+        self._tool = name
         self._num_arguments = 0
 
     def _pass_argument(self, key: str, *ends: str) -> Steps[bool]:
         """A value up to one of the ends, which is read. False if the text ends before."""
         source = self._source
         source.end_record()
-        types = self._types.get(key, STRING)
+        types = parameter_types(self._request, self._tool, key)
         self._argue(("{" if self._num_arguments == 0 else ", ") + json.dumps(key, ensure_ascii=False) + ": ")
         self._num_arguments += 1
         if types == STRING:

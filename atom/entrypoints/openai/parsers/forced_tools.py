@@ -10,6 +10,7 @@ from atom.entrypoints.openai.parsers.base import GrammarToolParser
 from atom.entrypoints.openai.parsers.json_text import pass_value
 from atom.entrypoints.openai.parsers.source import BrokenFormat, Steps
 from atom.entrypoints.openai.protocol import NamedToolChoice
+from atom.utils.errors import RequestError
 
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # of schemas
 _VALUES = ("const", "enum", "default", "example", "examples")  # keywords that hold data, not schemas
@@ -19,7 +20,7 @@ def schema_for(request: Any) -> dict[str, Any] | None:
     """The JSON schema of answers to a request that demands a call, else None.
 
     request: a ChatCompletionRequest, or anything with its tools, tool_choice and parallel_tool_calls; a tool
-    that is named must be one of the tools.
+    that is named must be one of the tools. RequestError for schemas that are nested too deeply.
     """
     choice = request.tool_choice
     tools = [tool.function for tool in request.tools or ()]
@@ -32,7 +33,10 @@ def schema_for(request: Any) -> dict[str, Any] | None:
     for index, tool in enumerate(tools):
         # References inside of a tool's schema mean that schema, so it becomes a definition of its own.
         key = f"tool{index}"
-        definitions[key] = _moved(_arguments_schema(tool), f"#/$defs/{key}")
+        try:
+            definitions[key] = _moved(_arguments_schema(tool), f"#/$defs/{key}")
+        except RecursionError:
+            raise RequestError(f"tools: the parameters of {tool.name!r:.100} are nested too deeply", "tools") from None
         calls.append(
             {
                 "type": "object",

@@ -6,18 +6,17 @@ from typing import Any, NoReturn
 STRING = frozenset({"string"})
 
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
-_MOST_REFERENCES = 8
 
 
-def parameter_types(request: Any, tool: str) -> dict[str, frozenset[str]]:
-    """The JSON types that each parameter of a request's tool may have; none for an unknown tool."""
+def parameter_types(request: Any, tool: str, parameter: str) -> frozenset[str]:
+    """The JSON types that the parameter of a request's tool may have; a string where nothing is known."""
     for known in request.tools or ():
         if known.function.name == tool:
             schema = known.function.parameters or {}
             properties = schema.get("properties")
             if isinstance(properties, dict):
-                return {key: frozenset(_types(value, schema)) or STRING for key, value in properties.items()}
-    return {}
+                return _types(properties.get(parameter), schema) or STRING
+    return STRING
 
 
 def as_json(text: str, types: frozenset[str]) -> str:
@@ -35,21 +34,29 @@ def as_json(text: str, types: frozenset[str]) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _types(schema: Any, root: dict[str, Any], references: int = 0) -> set[str]:
-    if not isinstance(schema, dict) or references > _MOST_REFERENCES:
-        return set()
-    found = schema.get("type", [])
-    types = {found} if isinstance(found, str) else {kind for kind in found if isinstance(kind, str)}
-    for value in schema.get("enum") or ():
-        types |= _type_of(value)
-    if "const" in schema:
-        types |= _type_of(schema["const"])
-    for word in ("anyOf", "oneOf", "allOf"):
-        for part in schema.get(word) or ():
-            types |= _types(part, root, references + 1)
-    if isinstance(reference := schema.get("$ref"), str):
-        types |= _types(_resolve(reference, root), root, references + 1)
-    return types
+def _types(schema: Any, root: dict[str, Any]) -> frozenset[str]:
+    """Users write schemas, so anything may stand anywhere."""
+    types: set[str] = set()
+    seen = set()
+    rest = [schema]
+    while rest:
+        schema = rest.pop()
+        if not isinstance(schema, dict) or id(schema) in seen:
+            continue
+        seen.add(id(schema))
+        named = schema.get("type")
+        types.update(name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str))
+        for value in _listed(schema.get("enum")) + ([schema["const"]] if "const" in schema else []):
+            types |= _type_of(value)
+        for word in ("anyOf", "oneOf", "allOf"):
+            rest += _listed(schema.get(word))
+        if isinstance(reference := schema.get("$ref"), str):
+            rest.append(_resolve(reference, root))
+    return frozenset(types)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _resolve(reference: str, root: Any) -> Any:

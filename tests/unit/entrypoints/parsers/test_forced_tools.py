@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from atom.entrypoints.openai.parsers.forced_tools import forced_tool_parser, schema_for
 from atom.entrypoints.openai.protocol import ChatCompletionRequest
+from atom.utils.errors import RequestError
 
 PARAMETERS = {
     "type": "object",
@@ -86,6 +87,16 @@ def test_without_parallel_calls_there_is_one():
     call = {"name": "now", "parameters": {}}
     assert accepts(schema, [call])
     assert not accepts(schema, [call, call])
+
+
+def test_schemas_nested_too_deeply_are_refused():
+    deep = {}
+    for _ in range(2000):
+        deep = {"items": deep}
+    wish = request("required")
+    wish.tools[0].function.parameters = deep
+    with pytest.raises(RequestError, match="the parameters of 'add' are nested too deeply"):
+        schema_for(wish)
 
 
 def test_a_named_tool_takes_its_arguments():

@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessageFunctionToolCall
 from openai.types.chat.chat_completion_chunk import ChoiceDeltaToolCall
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from atom.entrypoints.openai.deltas import ToolCallDelta
 from atom.entrypoints.openai.parsers import TOOL_PARSERS, get_tool_parser
@@ -332,19 +335,41 @@ def test_unknown_names_are_told_with_the_known_ones():
         get_tool_parser("herms", None)
 
 
-class Token:
-    def __init__(self, content, special):
-        self.content, self.special = content, special
-
-
-class Tokenizer:
-    added_tokens_decoder = {5: Token("<tool_call>", False), 6: Token("[TOOL_CALLS]", True)}
-
-
 def test_which_formats_need_special_tokens_shown():
-    assert get_tool_parser("mistral", Tokenizer()).needs_special_tokens
-    assert not get_tool_parser("hermes", Tokenizer()).needs_special_tokens
+    backend = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    backend.add_tokens(["<tool_call>"])
+    backend.add_special_tokens(["[TOOL_CALLS]"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert get_tool_parser("mistral", tokenizer).needs_special_tokens
+    assert not get_tool_parser("hermes", tokenizer).needs_special_tokens
     assert not get_tool_parser("mistral", None).needs_special_tokens
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "expected"),
+    [
+        ({"type": ["integer", "null"]}, "None", None),
+        ({"type": "array"}, "[1, ", "[1, "),
+        ({"type": "number"}, "NaN", "NaN"),
+        ({"type": "number"}, " 1e3 ", 1000.0),
+        ({"type": "integer"}, "9" * 5000, "9" * 5000),
+        ({"type": "array"}, "[" * 100_000, "[" * 100_000),
+        ({"type": ["string", "integer"]}, "5", 5),
+        ({"type": ["string", "integer"]}, "5.5", "5.5"),
+        ({"$ref": "#/properties/a"}, "5", "5"),
+        ({"$ref": "#/nowhere/at/all"}, "5", "5"),
+        ({"anyOf": [{"$ref": "#/properties/a"}] * 50 + [{"const": True}]}, "true", True),
+        ({"type": 5, "enum": 5, "anyOf": 5}, "5", "5"),
+        (5, "5", "5"),
+    ],
+)
+def test_values_take_the_types_of_any_schema(schema, value, expected):
+    request = REQUEST.model_copy(deep=True)
+    request.tools[0].function.parameters = {"properties": {"a": schema}}
+    parser = get_tool_parser("glm45", None)(request, "")
+    text = f"<tool_call>get_weather<arg_key>a</arg_key><arg_value>{value}</arg_value></tool_call>"
+    _, (call,) = parser.push(text)
+    assert json.loads(call.arguments) == {"a": expected}
 
 
 @pytest.mark.parametrize("name", TOOL_PARSERS)
