@@ -1,4 +1,7 @@
-"""`atom bench throughput|latency`: random prompts, greedy, end tokens ignored; the last line is JSON."""
+"""`atom bench throughput|latency`: random prompts, greedy, end tokens ignored; the last line is JSON.
+
+`atom bench serve`, which measures a server over HTTP, has its own module.
+"""
 
 import argparse
 import json
@@ -8,6 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from atom.entrypoints.commands import bench_serve
 from atom.entrypoints.commands.common import add_flag, make_llm
 from atom.utils.errors import ConfigError
 
@@ -19,11 +23,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from atom.model_engine.arg_utils import EngineArgs
 
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="throughput|latency")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="throughput|latency|serve")
     throughput = kinds.add_parser("throughput", help="many requests at once: tokens a second")
     add_flag(throughput, "num_prompts", type=int, default=64, metavar="N", help="requests (default: 64)")
     latency = kinds.add_parser("latency", help="one batch: time to the first and between tokens")
     add_flag(latency, "batch_size", type=int, default=1, metavar="N", help="requests at once (default: 1)")
+    bench_serve.add_arguments(kinds.add_parser("serve", help="any OpenAI-compatible server under load"))
     for kind, input_len, output_len in ((throughput, "16-128", 64), (latency, "32", 128)):
         kind.usage = f"{kind.prog} [options]"
         length = f"tokens of a prompt, N or FROM-TO (default: {input_len})"
@@ -36,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.kind == "serve":
+        return bench_serve.run(arguments)
     count = arguments.num_prompts if arguments.kind == "throughput" else arguments.batch_size
     for name, value in (("requests", count), ("repeat", arguments.repeat), ("output_len", arguments.output_len)):
         if value < 1:

@@ -14,7 +14,8 @@ from atom.entrypoints.commands.common import run_guarded, sampling_params
 from atom.model_engine.arg_utils import EngineArgs
 from atom.utils.errors import ConfigError, RequestError
 
-COMMANDS = [[], ["generate"], ["chat"], ["bench"], ["bench", "throughput"], ["bench", "latency"], ["config"]]
+COMMANDS = [[], ["generate"], ["chat"], ["config"], ["bench"]]
+COMMANDS += [["bench", kind] for kind in ("throughput", "latency", "serve")]
 GUIDE_FLAGS = """
 --model --trust-remote-code --tensor-parallel-size --data-parallel-size --enforce-eager --enable_prefix_caching
 --port --kv_cache_dtype --block-size --max-model-len --cudagraph-capture-sizes --level --load_dummy
