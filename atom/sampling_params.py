@@ -31,10 +31,11 @@ class SamplingParams:
     presence_, frequency_penalty: -2..2, on tokens generated so far; repetition_penalty: > 0, on those
     and the prompt's, 1 = off. min_tokens: no end before that many. logprobs, prompt_logprobs: how many
     top candidates to report (0..20) beside the token itself; None = none. n: completions a prompt.
+    skip_special_tokens: leave them out of the text (an end token is never part of it).
     logit_bias: token id -> value in -100..100 added to its logit.
     structured_output: the form of the answer, one of {"json": schema}, {"json_object": True}, {"regex": text},
-    {"choice": texts} and {"grammar": text (GBNF or Lark)}; "after" beside it names a text ("</think>") that ends
-    a free part before it.
+    {"choice": texts} and {"grammar": text (GBNF or Lark)}. "after" beside it is a text ("</think>") that ends a
+    free part before it; with "opening", there is such a part only where the answer begins with that.
     Raises RequestError, whose `param` names the field.
     """
 
@@ -54,6 +55,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    skip_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
     structured_output: dict[str, Any] | None = None
 
@@ -83,6 +85,7 @@ class SamplingParams:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         n: int = 1,
+        skip_special_tokens: bool = True,
         logit_bias: Mapping[int, float] | None = None,
         structured_output: dict[str, Any] | None = None,
         *,
@@ -106,6 +109,7 @@ class SamplingParams:
         self.logprobs = logprobs
         self.prompt_logprobs = prompt_logprobs
         self.n = n
+        self.skip_special_tokens = skip_special_tokens
         self.logit_bias = logit_bias  # type: ignore[assignment]
         self.structured_output = structured_output
         self.__post_init__()
@@ -116,8 +120,9 @@ class SamplingParams:
         if self.temperature < GREEDY_BELOW:
             self.temperature = 0.0
         self.max_tokens = _integer("max_tokens", self.max_tokens, 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos={self.ignore_eos!r} must be true or false", "ignore_eos")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={getattr(self, name)!r} must be true or false", name)
         self.stop_strings = _stop_strings(self.stop_strings)
         self.top_p = _real("top_p", self.top_p, 0, 1)
         if self.top_p == 0:
@@ -217,7 +222,7 @@ def _structured_output(value: Any) -> dict[str, Any] | None:
     name = "structured_output"
     if not isinstance(value, dict):
         raise RequestError(f"{name} must be a dict, not {type(value).__name__}", name)
-    kinds = [key for key in value if key != "after"]
+    kinds = [key for key in value if key not in ("after", "opening")]
     if len(kinds) != 1 or kinds[0] not in STRUCTURES:
         raise RequestError(f"{name} must have exactly one of the keys {', '.join(STRUCTURES)}", name)
     kind, given = kinds[0], value[kinds[0]]
@@ -232,7 +237,10 @@ def _structured_output(value: Any) -> dict[str, Any] | None:
             raise RequestError(f"{name}.choice must be a list of texts, none of them empty", name)
         if len(given) > MAX_CHOICES:
             raise RequestError(f"{name}.choice has {len(given)} texts; at most {MAX_CHOICES} are allowed", name)
-    after = value.get("after")
-    if after is not None and not (isinstance(after, str) and 0 < len(after) <= 64):
-        raise RequestError(f"{name}.after must be a text of 1 to 64 characters", name)
+    for key in ("after", "opening"):
+        text = value.get(key)
+        if text is not None and not (isinstance(text, str) and 0 < len(text) <= 64):
+            raise RequestError(f"{name}.{key} must be a text of 1 to 64 characters", name)
+    if "opening" in value and "after" not in value:
+        raise RequestError(f"{name}.opening needs {name}.after beside it", name)
     return value

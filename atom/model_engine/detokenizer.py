@@ -1,7 +1,7 @@
 """Token ids to text, one token at a time.
 
-What is pushed, joined, equals `tokenizer.decode(all ids, skip_special_tokens=True,
-clean_up_tokenization_spaces=False)`, and no piece ends inside a character. Byte-level and SentencePiece
+What is pushed, joined, equals `tokenizer.decode(all ids, clean_up_tokenization_spaces=False)` with special
+tokens skipped or not, as asked for, and no piece ends inside a character. Byte-level and SentencePiece
 vocabularies (nearly all there are) are decoded from a table, in constant time a token; any other
 decoder goes through the tokenizer with a window of context.
 
@@ -45,28 +45,36 @@ class DetokenizerFactory:
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
         self._names: dict[int, str] = {}
+        self._make: Callable[[], Decoder]
+        self._make_whole: Callable[[], Decoder]
         self._spaced: _SentencePieceTable | None = None  # whose decoder drops the space that starts a text
-        self._make: Callable[[], Decoder] = _NullDecoder
-        if tokenizer is None:
-            return
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None or backend.decoder is None:
-            self._make = partial(_WindowDecoder, tokenizer, frozenset(tokenizer.all_special_ids))
-            return
-        form = json.loads(backend.decoder.__getstate__())
-        if form["type"] == "ByteLevel":
-            self._make = partial(_ByteLevelDecoder, _ByteLevelTable(backend))
-        elif form["type"] == "Sequence" and form["decoders"] in (_SENTENCEPIECE, [*_SENTENCEPIECE, _STRIP]):
-            strips = form["decoders"][-1] == _STRIP
-            table = _SentencePieceTable(backend)
-            self._make = partial(_SentencePieceDecoder, table, strips)
-            self._spaced = table if strips else None
-        else:
-            self._make = partial(_WindowDecoder, tokenizer, _special_ids(backend))
+        self._make = self._make_whole = _NullDecoder
+        if tokenizer is not None:
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            if backend is None or backend.decoder is None:
+                skipped = frozenset(tokenizer.all_special_ids)
+            else:
+                skipped = _special_ids(backend)
+            self._make = self._decoder_of(tokenizer, skipped)
+            self._make_whole = self._decoder_of(tokenizer, frozenset())
 
-    def decoder(self) -> Decoder:
+    def _decoder_of(self, tokenizer: Any, skipped: frozenset[int]) -> Callable[[], Decoder]:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None and backend.decoder is not None:
+            form = json.loads(backend.decoder.__getstate__())
+            if form["type"] == "ByteLevel":
+                return partial(_ByteLevelDecoder, _ByteLevelTable(backend, skipped))
+            if form["type"] == "Sequence" and form["decoders"] in (_SENTENCEPIECE, [*_SENTENCEPIECE, _STRIP]):
+                strips = form["decoders"][-1] == _STRIP
+                table = _SentencePieceTable(backend, skipped)
+                if strips:
+                    self._spaced = table
+                return partial(_SentencePieceDecoder, table, strips)
+        return partial(_WindowDecoder, tokenizer, skipped)
+
+    def decoder(self, skip_special_tokens: bool = True) -> Decoder:
         """For a new sequence."""
-        return self._make()
+        return self._make() if skip_special_tokens else self._make_whole()
 
     def token_text(self, token_id: int) -> str:
         """One token by itself, special tokens by name; invalid UTF-8 shows as U+FFFD."""
@@ -93,16 +101,16 @@ class _NullDecoder(Decoder):
 
 
 class _ByteLevelTable(dict[int, bytes]):
-    """Token id -> its bytes; b"" for special and unknown ids. Filled as ids are met."""
+    """Token id -> its bytes; b"" for skipped and unknown ids. Filled as ids are met."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, skipped: frozenset[int]) -> None:
         super().__init__()
         self._backend = backend
-        self._special = _special_ids(backend)
+        self._skipped = skipped
         self._bytes_of = _byte_alphabet()
 
     def __missing__(self, token_id: int) -> bytes:
-        token = None if token_id in self._special else self._backend.id_to_token(token_id)
+        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
         if token is None:
             data = b""
         else:
@@ -134,15 +142,15 @@ class _ByteLevelDecoder(Decoder):
 
 
 class _SentencePieceTable(dict[int, "str | int"]):
-    """Token id -> its text, or the value of a single byte (<0x0A>); "" for special and unknown ids."""
+    """Token id -> its text, or the value of a single byte (<0x0A>); "" for skipped and unknown ids."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, skipped: frozenset[int]) -> None:
         super().__init__()
         self._backend = backend
-        self._special = _special_ids(backend)
+        self._skipped = skipped
 
     def __missing__(self, token_id: int) -> "str | int":
-        token = None if token_id in self._special else self._backend.id_to_token(token_id)
+        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
         piece: str | int
         if token is None:
             piece = ""
@@ -197,19 +205,19 @@ class _WindowDecoder(Decoder):
     in use (WordPiece, Metaspace, BPE suffixes).
     """
 
-    __slots__ = ("_ids", "_special", "_tokenizer", "_used")
+    __slots__ = ("_ids", "_skipped", "_tokenizer", "_used")
 
     _CONTEXT = 6  # tokens kept before the new ones
     _LONGEST_CHARACTER = 4  # bytes of UTF-8: after that many tokens a U+FFFD at the end is real
 
-    def __init__(self, tokenizer: Any, special: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._special = special
+        self._skipped = skipped
         self._ids: list[int] = []
         self._used = 0  # ids[:used] are emitted
 
     def push(self, token_id: int) -> str:
-        if token_id in self._special:
+        if token_id in self._skipped:
             return ""  # would fill the window with nothing
         self._ids.append(token_id)
         return self._advance(final=False)
@@ -227,7 +235,7 @@ class _WindowDecoder(Decoder):
         return now[len(before) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
 

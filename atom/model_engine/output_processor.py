@@ -193,7 +193,7 @@ class _Answer:
         params: SamplingParams = request.processed.sampling_params
         self.request = request
         self.index = index
-        self.decoder = request.detokenizers.decoder()
+        self.decoder = request.detokenizers.decoder(params.skip_special_tokens)
         self.matcher = StopMatcher(params.stop_strings) if params.stop_strings else None
         self.min_tokens = params.min_tokens
         self.user_stop_ids = params.stop_token_ids or ()

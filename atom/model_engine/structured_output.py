@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from atom.sampling_params import STRUCTURES
 from atom.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _CACHED_GRAMMARS = 256
 
 def grammar_of(structure: dict[str, Any]) -> str:
     """The grammar of `SamplingParams.structured_output`, in llguidance's own form. RequestError for a wrong one."""
-    kind = next(key for key in structure if key != "after")
+    kind = next(key for key in structure if key in STRUCTURES)
     value = structure[kind]
     if kind == "json_object":
         kind, value = "json", {"type": "object"}
@@ -45,16 +46,16 @@ def grammar_of(structure: dict[str, Any]) -> str:
         raise _error(f"structured_output.{kind} can't be written as JSON: {error}") from None
     if len(text) > MAX_GRAMMAR_LENGTH:
         raise _error(f"structured_output.{kind} has {len(text)} characters; {MAX_GRAMMAR_LENGTH} are allowed")
-    return _checked_grammar(kind, text, structure.get("after"))
+    return _checked_grammar(kind, text, structure.get("after"), structure.get("opening"))
 
 
 @functools.lru_cache(_CACHED_GRAMMARS)
-def _checked_grammar(kind: str, text: str, after: str | None) -> str:
+def _checked_grammar(kind: str, text: str, after: str | None, opening: str | None) -> str:
     from llguidance import LLMatcher
 
     try:
         text.encode()
-        grammar = _write_grammar(kind, text, after)
+        grammar = _write_grammar(kind, text, after, opening)
     except UnicodeEncodeError:
         raise _error(f"structured_output.{kind} is not valid Unicode: it contains unpaired surrogates") from None
     except (ValueError, RecursionError) as error:
@@ -65,7 +66,7 @@ def _checked_grammar(kind: str, text: str, after: str | None) -> str:
     return grammar
 
 
-def _write_grammar(kind: str, text: str, after: str | None) -> str:
+def _write_grammar(kind: str, text: str, after: str | None, opening: str | None) -> str:
     from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     if kind == "json":
@@ -87,8 +88,9 @@ def _write_grammar(kind: str, text: str, after: str | None) -> str:
         raise ValueError("a grammar can't follow reasoning; let it describe the whole answer")
     if after is None:
         return LLMatcher.grammar_from_lark(f"start: {rule}")
+    start = "free answer" if opening is None else f"({json.dumps(opening)} free)? answer"
     return LLMatcher.grammar_from_lark(
-        f"start: free answer\nfree[suffix={json.dumps(after)}]: /(?s:.*)/\nanswer: /\\s{{0,4}}/ structure\n"
+        f"start: {start}\nfree[suffix={json.dumps(after)}]: /(?s:.*)/\nanswer: /\\s{{0,4}}/ structure\n"
         f"structure: {rule}"
     )
 

@@ -6,7 +6,7 @@ factory(request, prompt_text) for each of a request's n answers.
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from atom.model_engine.outputs import PositionLogprobs
 
@@ -65,7 +65,14 @@ class ChatAnswer:
 
 
 class ReasoningParser(Protocol):
-    """The state of one answer. What is pushed and flushed, joined, loses nothing but the markers."""
+    """The state of one answer. What is pushed and flushed, joined, loses nothing but the markers.
+
+    thinks: whether the answer begins with reasoning; None = if it begins with the opening marker.
+    """
+
+    opening: ClassVar[str]
+    closing: ClassVar[str]
+    thinks: bool | None
 
     def push(self, text: str) -> tuple[str, str]:
         """(reasoning, content) that became certain with this text."""

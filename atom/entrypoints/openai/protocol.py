@@ -84,7 +84,7 @@ class SamplingFields(ApiModel):
 
 _SAMPLING_NAMES = (
     "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "top_k", "min_p",
-    "repetition_penalty", "stop_token_ids", "min_tokens", "ignore_eos", "prompt_logprobs",
+    "repetition_penalty", "stop_token_ids", "min_tokens", "ignore_eos", "prompt_logprobs", "skip_special_tokens",
 )  # fmt: skip
 
 

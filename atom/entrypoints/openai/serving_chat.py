@@ -4,7 +4,6 @@
 `prepare`, `deltas` and `complete`.
 """
 
-import importlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -16,14 +15,16 @@ from fastapi import Request
 from atom.entrypoints.openai.chat_template import ChatTemplate
 from atom.entrypoints.openai.context import ServingContext, answer_id, check_priority, usage
 from atom.entrypoints.openai.deltas import ChatAnswer, ChatDelta, ReasoningParser, ToolCallDelta, ToolParser
+from atom.entrypoints.openai.parsers import ParserFactory, get_reasoning_parser, get_tool_parser
+from atom.entrypoints.openai.parsers.forced_tools import forced_tool_parser, schema_for
 from atom.entrypoints.openai.protocol import UNLIMITED_TOKENS, ChatCompletionRequest, NamedToolChoice
 from atom.entrypoints.openai.serving_completion import finite, raise_error_of
 from atom.entrypoints.openai.streaming import DONE, event
-from atom.entrypoints.openai.structured import structured_output_of
+from atom.entrypoints.openai.structured import checked, structured_output_of
 from atom.model_engine.async_llm_engine import RequestStream
 from atom.model_engine.output_processor import OutputKind
 from atom.model_engine.outputs import CompletionOutput
-from atom.utils.errors import ConfigError, RequestError
+from atom.utils.errors import RequestError
 
 
 @dataclass(slots=True)
@@ -52,8 +53,9 @@ class ChatService:
         self.context = context
         tokenizer = context.engine.tokenizer
         self.template = ChatTemplate(context.engine, context.settings.chat_template)
-        self._make_reasoning_parser = _lookup("reasoning", context.settings.reasoning_parser, tokenizer)
-        self._make_tool_parser = _lookup("tool", context.settings.tool_call_parser, tokenizer)
+        reasoning, tools = context.settings.reasoning_parser, context.settings.tool_call_parser
+        self._make_reasoning_parser = get_reasoning_parser(reasoning, tokenizer) if reasoning else None
+        self._make_tool_parser = get_tool_parser(tools, tokenizer) if tools else None
 
     async def prepare(
         self, request: ChatCompletionRequest, http: Request | None = None, *, id_prefix: str = "chatcmpl"
@@ -70,21 +72,23 @@ class ChatService:
             "max_tokens": UNLIMITED_TOKENS if most is None else most,
             "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
         }
-        fixed["structured_output"] = await structured_output_of(context.engine, request)
-        params = request.make_sampling_params(**fixed)
-        hides_tools = request.tool_choice == "none"
+        uses_tools = bool(request.tools) and request.tool_choice != "none"
+        if any(f is not None and f.needs_special_tokens for f in self._factories(uses_tools)):
+            fixed["skip_special_tokens"] = False
         kwargs = dict(request.chat_template_kwargs or {})
         if request.reasoning_effort is not None:
             kwargs.setdefault("reasoning_effort", request.reasoning_effort)
         context.check_queue()  # before spending time on the template
         prompt = await self.template.prompt(
             request.messages,
-            None if hides_tools else request.tools,
+            request.tools if uses_tools else None,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             add_special_tokens=request.add_special_tokens,
             template_kwargs=kwargs,
         )
+        fixed["structured_output"] = await self._structure(request, prompt["prompt"])
+        params = request.make_sampling_params(**fixed)
         chat_id = answer_id(id_prefix, http)
         stream = await context.submit(
             prompt,
@@ -140,26 +144,50 @@ class ChatService:
             raise RequestError("tool_choice needs tools beside it", "tool_choice")
         if isinstance(choice, NamedToolChoice) and choice.function.name not in [t.function.name for t in request.tools]:
             raise RequestError(f"tool_choice: {choice.function.name!r:.100} is not one of the tools", "tool_choice")
-        if choice != "none" and self._make_tool_parser is None:
-            if choice in (None, "auto"):
-                return  # the model sees the tools; its calls stay text
-            raise RequestError("tool_choice needs a server started with --tool-call-parser", "tool_choice")
+
+    def _factories(self, uses_tools: bool) -> list[ParserFactory]:
+        """Of the parsers that will read an answer, but for those of calls that are demanded."""
+        return [f for f in (self._make_reasoning_parser, self._make_tool_parser if uses_tools else None) if f]
+
+    async def _structure(self, request: ChatCompletionRequest, prompt_text: str) -> dict[str, Any] | None:
+        """What the answer is held to, once its reasoning is over."""
+        engine = self.context.engine
+        structure = await structured_output_of(engine, request)
+        field = "response_format"
+        schema = schema_for(request)  # a demanded call goes before the form of other answers
+        if schema is not None:
+            structure, field = {"json": schema}, "tools"
+        if structure is None:
+            return None
+        if self._make_reasoning_parser is not None:
+            reasoning = self._make_reasoning_parser(request, prompt_text)
+            if reasoning.thinks is not False:
+                structure = structure | {"after": reasoning.closing}
+                if reasoning.thinks is None:
+                    structure["opening"] = reasoning.opening
+        return await checked(engine, structure, field)
 
     def _parser(self, chat: PreparedChat) -> "_AnswerParser":
-        request = chat.request
+        """Of an answer. Without a tool parser the model sees the tools, but calls it makes unasked stay text."""
+        request, text = chat.request, chat.prompt_text
         uses_tools = bool(request.tools) and request.tool_choice != "none"
+        tools = forced_tool_parser(request)
+        if tools is None and uses_tools and self._make_tool_parser is not None:
+            tools = self._make_tool_parser(request, text)
         return _AnswerParser(
-            self._make_reasoning_parser(request, chat.prompt_text) if self._make_reasoning_parser else None,
-            self._make_tool_parser(request, chat.prompt_text) if self._make_tool_parser and uses_tools else None,
+            self._make_reasoning_parser(request, text) if self._make_reasoning_parser else None,
+            tools,
+            one_call=request.parallel_tool_calls is False,
         )
 
 
 class _AnswerParser:
     """Splits the text of one answer."""
 
-    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:
+    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None, one_call: bool = False) -> None:
         self._reasoning = reasoning
         self._tools = tools
+        self._one_call = one_call
         self._called = False
 
     def take(self, answer: CompletionOutput) -> ChatDelta:
@@ -183,7 +211,7 @@ class _AnswerParser:
                 rest, more = self._tools.flush()
                 text, calls = text + rest, [*calls, *more]
             content = text
-            delta.tool_calls = [self._named(call) for call in calls]
+            delta.tool_calls = [self._named(call) for call in calls if not (self._one_call and call.index > 0)]
             self._called = self._called or bool(calls)
         delta.content = content
         if ended:
@@ -296,18 +324,6 @@ class ChatCompletions:
             entry["top_logprobs"] = [_logprob_entry(value) for value in ranked if (value.rank or 0) <= limit]
             content.append(entry)
         return {"content": content, "refusal": None}
-
-
-def _lookup(kind: str, name: str | None, tokenizer: Any) -> Any | None:
-    """The factory of the parsers that a flag names: called as factory(request, prompt text) for each answer."""
-    if name is None:
-        return None
-    try:
-        parsers = importlib.import_module("atom.entrypoints.openai.parsers")
-    except ModuleNotFoundError:
-        raise ConfigError(f"{kind} parser {name!r} is not supported yet") from None
-    get = parsers.get_reasoning_parser if kind == "reasoning" else parsers.get_tool_parser
-    return get(name, tokenizer)
 
 
 def _chunk_choice(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:

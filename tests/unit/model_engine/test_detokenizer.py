@@ -50,12 +50,12 @@ def smollm2():
     return load_smollm2()
 
 
-def one_shot(tokenizer, ids):
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def one_shot(tokenizer, ids, skip_special_tokens=True):
+    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
 
-def pieces(factory, ids):
-    decoder = factory.decoder()
+def pieces(factory, ids, skip_special_tokens=True):
+    decoder = factory.decoder(skip_special_tokens)
     return [*(decoder.push(i) for i in ids), decoder.flush()]
 
 
@@ -70,9 +70,9 @@ def test_random_tokens(smollm2):
 
     # Ids above the vocabulary decode to nothing; low ids are special tokens and single bytes.
     @settings(max_examples=400, deadline=None)
-    @given(st.lists(st.integers(0, VOCAB + 10) | st.integers(0, 300)))
-    def check(ids):
-        assert "".join(pieces(factory, ids)) == one_shot(smollm2, ids)
+    @given(st.lists(st.integers(0, VOCAB + 10) | st.integers(0, 300)), st.booleans())
+    def check(ids, skip):
+        assert "".join(pieces(factory, ids, skip)) == one_shot(smollm2, ids, skip)
 
     check()
 

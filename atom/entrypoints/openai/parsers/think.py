@@ -24,7 +24,8 @@ class _Thinking:
         self._reasoning: list[str] = []
         self._content: list[str] = []
         self._source = Source()
-        self._steps = self._parse(self._starts_thinking(request, prompt_text))
+        self.thinks = self._starts_thinking(request, prompt_text)
+        self._steps = self._parse(self.thinks)
         next(self._steps)
 
     def push(self, text: str) -> tuple[str, str]:
