@@ -136,6 +136,15 @@ def ask(page, question, **settings):
     page.press("#question", "Enter")
 
 
+def force_answer(page, text):
+    """Let the model's answers be `text`, by a field of the request that the page doesn't set."""
+
+    def force(route):
+        route.continue_(post_data=json.dumps({**route.request.post_data_json, "guided_choice": [text]}))
+
+    page.route("**/v1/chat/completions", force)
+
+
 def answer_of(page):
     return page.locator(".answer").last
 
@@ -223,12 +232,7 @@ def test_hostile_answers_stay_text(page, expect):
     hostile = (
         '<img src=x onerror="document.title=1"><script>document.title=2</script> `<b>`\n\n```html\n<i>code</i>\n```'
     )
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.continue_(
-            post_data=json.dumps({**route.request.post_data_json, "guided_choice": [hostile]})
-        ),
-    )
+    force_answer(page, hostile)
     ask(page, "Attack")
     text = whole(expect, page).locator("> .text")
     expect(text.locator("p")).to_have_text(
@@ -238,20 +242,6 @@ def test_hostile_answers_stay_text(page, expect):
     expect(text.locator("figcaption")).to_contain_text("html")
     assert text.locator("img, script, b, i").count() == 0
     assert page.title() == "ATOM playground"
-
-
-def test_reasoning_folds(page, expect):
-    """The embedded model doesn't reason, so the stream is written here."""
-    deltas = [{"role": "assistant", "content": ""}, {"reasoning_content": "Hm, 1+1."}, {"content": "Two"}]
-    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None, "token_ids": [1]}]} for delta in deltas]
-    body = "".join(f"data: {json.dumps(chunk)}\r\n\r\n" for chunk in chunks) + "data: [DONE]\r\n\r\n"
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
-    ask(page, "1+1?")
-    answer = whole(expect, page)
-    expect(answer.locator("> .text")).to_have_text("Two")
-    expect(answer.locator(".reasoning .text")).to_be_hidden()
-    answer.locator("summary").click()
-    expect(answer.locator(".reasoning .text")).to_have_text("Hm, 1+1.")
 
 
 def test_page_follows_a_server_that_returns_with_another_model(page, expect):
@@ -278,24 +268,55 @@ def test_narrow_page_has_no_sideways_scrolling(page, expect):
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
 
 
-def test_key_is_asked_for_and_kept_for_the_tab(open_page, expect, tmp_path):
-    with live_server(tmp_path, "--api-key", "secret", "--max-num-seqs", "2") as server:
-        page = open_page(server)
-        expect(page.locator("#notice")).to_have_text("This server needs an API key: enter it in the settings.")
-        expect(page.locator("[name=key]")).to_be_focused()
-        expect(page.locator("#state")).to_have_text("ready")
-        ask(page, "Hello", key="wrong", max_tokens=4)
-        expect(whole(expect, page).locator(".error")).to_contain_text("401: a valid API key is needed")
-        page.fill("[name=key]", "secret")
-        page.press("[name=key]", "Tab")
-        expect(page.locator("#model")).to_have_value("smollm2")
-        expect(page.locator("#notice")).to_be_hidden()
-        page.get_by_role("button", name="Try again").click()
-        expect(answer_of(page).locator("> .text")).not_to_be_empty()
-        page.reload()
-        expect(page.locator("[name=key]")).to_have_value("secret")
-        expect(page.locator("#model")).to_have_value("smollm2")
-        assert page.evaluate("localStorage.length") == 0
+@pytest.fixture(scope="module")
+def guarded(browser, tmp_path_factory):  # no server where there is no browser to use it
+    """A server with a key and a parser of reasoning."""
+    flags = ["--api-key", "secret", "--reasoning-parser", "qwen3", "--max-num-seqs", "2"]
+    with live_server(tmp_path_factory.mktemp("guarded"), *flags) as server:
+        yield server
+
+
+def test_key_is_asked_for_and_kept_for_the_tab(open_page, expect, guarded):
+    page = open_page(guarded)
+    expect(page.locator("#notice")).to_have_text("This server needs an API key: enter it in the settings.")
+    expect(page.locator("[name=key]")).to_be_focused()
+    expect(page.locator("#state")).to_have_text("ready")
+    ask(page, "Hello", key="wrong", max_tokens=4)
+    expect(whole(expect, page).locator(".error")).to_contain_text("401: a valid API key is needed")
+    page.fill("[name=key]", "secret")
+    page.press("[name=key]", "Tab")
+    expect(page.locator("#model")).to_have_value("smollm2")
+    expect(page.locator("#notice")).to_be_hidden()
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("#status")).to_have_text(re.compile("complete"))
+    expect(page.locator("#stop")).to_be_hidden()
+    expect(answer_of(page).locator(".error")).to_be_hidden()
+    page.reload()
+    expect(page.locator("[name=key]")).to_have_value("secret")
+    expect(page.locator("#model")).to_have_value("smollm2")
+    assert page.evaluate("localStorage.length") == 0
+
+
+def test_reasoning_folds(open_page, expect, guarded):
+    page = open_page(guarded)
+    force_answer(page, "<think>One and one.</think>Two")
+    ask(page, "1+1?", key="secret")
+    answer = whole(expect, page)
+    expect(answer.locator("> .text")).to_have_text("Two")
+    expect(answer.locator(".reasoning .text")).to_be_hidden()
+    answer.locator("summary").click()
+    expect(answer.locator(".reasoning .text")).to_have_text("One and one.")
+    page.unroute_all()
+    ask(page, "2+2?", max_tokens=4)
+    expect(page.locator(".exchange")).to_have_count(2)
+    whole(expect, page)
+
+
+def test_server_that_is_gone(open_page, expect, guarded):
+    page = open_page(guarded)
+    expect(page.locator("#state")).to_have_text("ready")
+    guarded.process.terminate()
+    guarded.process.wait(60)
     expect(page.locator("#state")).to_have_text("unreachable")
-    ask(page, "Hello?")
+    ask(page, "Hello?", key="secret")
     expect(whole(expect, page).locator(".error")).to_have_text("The server can't be reached.")

@@ -93,7 +93,7 @@ function showPanel(open) {
 
 function askForKey() {
   showPanel(true);
-  settings.elements.key.focus();
+  if (question.value === "") settings.elements.key.focus();
 }
 
 function storage(action) {
@@ -115,18 +115,25 @@ byId("toggle").addEventListener("click", () => showPanel(!document.body.classLis
 
 // -- models --
 
+let latestLoad = 0;
+
+/** The failure, or null. It leaves the focus where it is: somebody may be writing. */
 async function loadModels() {
+  const load = ++latestLoad;
   const notice = byId("notice");
   try {
     const names = await listModels(settings.elements.key.value.trim());
+    if (load !== latestLoad) return null;
     model.replaceChildren(...names.map((name) => new Option(name, name)));
     model.disabled = names.length === 0;
     notice.hidden = true;
+    return null;
   } catch (error) {
+    if (load !== latestLoad) return null;
     notice.textContent = error.status === 401 ? "This server needs an API key: enter it in the settings."
       : error.message;
     notice.hidden = false;
-    if (error.status === 401) askForKey();
+    return error;
   }
 }
 
@@ -137,4 +144,4 @@ new EngineView({
   glance: byId("glance"),
   onReturn: loadModels, // perhaps with another model
 });
-loadModels();
+if ((await loadModels())?.status === 401) askForKey();
