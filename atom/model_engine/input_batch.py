@@ -16,7 +16,7 @@ class StepInput:
 
     rows, counts: int64 [R], each request's row and number of tokens; starts: int32 [R + 1], its first flat token.
     input_ids, positions: int64 [T]. sampling: int64 [S], indices into rows of the requests whose last token is
-    computed now; request_ids: theirs; logits_indices: int64 [S] on the device, the flat token each samples from.
+    computed now; request_ids: theirs; occupancy: of their rows, see InputBatch; logits_indices: int64 [S] on the device, the flat token each samples from.
     """
 
     rows: np.ndarray
@@ -26,6 +26,7 @@ class StepInput:
     positions: torch.Tensor
     metadata: AttentionMetadata
     sampling: np.ndarray
+    occupancy: np.ndarray
     request_ids: list[str]
     logits_indices: torch.Tensor
     sampling_rows: torch.Tensor  # int64 [S] on the device: rows[sampling]
@@ -57,12 +58,17 @@ class InputBatch:
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
         self.request_ids: list[str] = [""] * max_num_seqs
         self.row_of: dict[str, int] = {}
+        self.occupancy = np.zeros(max_num_seqs, dtype=np.int64)  # how many requests a row has had
+        self._scheduled: list[str] = []  # of the last step, and their rows: mostly the next step's, too
+        self._scheduled_rows = np.empty(0, dtype=np.int64)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     def add(self, request: NewRequest) -> int:
         """Take a row for the request and fill it."""
         row = self._free_rows.pop()
         self.row_of[request.request_id] = row
+        self.occupancy[row] += 1
+        self._scheduled = []
         self.request_ids[row] = request.request_id
         count = len(request.token_ids)
         self.tokens[row, :count] = request.token_ids
@@ -77,6 +83,8 @@ class InputBatch:
     def remove(self, request_id: str) -> int:
         row = self.row_of.pop(request_id)
         self.params[row] = None
+        self.occupancy[row] += 1
+        self._scheduled = []
         self.request_ids[row] = ""
         self._free_rows.append(row)
         return row
@@ -90,7 +98,7 @@ class InputBatch:
     def prepare(self, batch: ScheduledBatch) -> StepInput:
         """Flatten the scheduled tokens of all requests; vectorized over requests and tokens."""
         scheduled = batch.num_scheduled_tokens
-        rows = np.fromiter((self.row_of[r] for r in scheduled), dtype=np.int64, count=len(scheduled))
+        rows = self._rows_of(list(scheduled))
         counts = np.fromiter(scheduled.values(), dtype=np.int64, count=len(scheduled))
         num_decodes = int((counts == 1).sum())
         if 0 < num_decodes < len(rows):
@@ -149,6 +157,7 @@ class InputBatch:
             positions=positions_d,
             metadata=metadata,
             sampling=sampling,
+            occupancy=self.occupancy[sampling_rows],
             request_ids=[self.request_ids[row] for row in sampling_rows.tolist()],
             logits_indices=logits_indices,
             sampling_rows=sampling_rows_d,
@@ -164,14 +173,16 @@ class InputBatch:
     def learn(self, step: StepInput, sampled: np.ndarray) -> None:
         """Take in the values of a step's tokens, for rows that still belong to the same request."""
         rows = step.rows[step.sampling]
-        same = np.fromiter(
-            (self.request_ids[row] == name for row, name in zip(rows.tolist(), step.request_ids, strict=True)),
-            dtype=bool,
-            count=len(rows),
-        )
+        same = self.occupancy[rows] == step.occupancy
         rows = rows[same]
         self.tokens[rows, self.num_known[rows]] = sampled[same]
         self.num_known[rows] += 1
+
+    def _rows_of(self, request_ids: list[str]) -> np.ndarray:
+        if request_ids != self._scheduled:
+            self._scheduled = request_ids
+            self._scheduled_rows = np.fromiter((self.row_of[i] for i in request_ids), np.int64, len(request_ids))
+        return self._scheduled_rows
 
     def _to_device(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
         """All arrays in one asynchronous copy; on a CPU they are shared, not copied."""

@@ -215,9 +215,8 @@ class ModelRunner:
             self.sampling.add(
                 row, params, request.token_ids[:prompt], request.token_ids[prompt:], params.stop_token_ids
             )
-        for cached in batch.cached_requests:
-            if cached.new_block_ids:
-                self.batch.append_blocks(self.batch.row_of[cached.request_id], cached.new_block_ids)
+        for request_id, block_ids in batch.new_block_ids.items():
+            self.batch.append_blocks(self.batch.row_of[request_id], block_ids)
 
     @property
     def _max_model_len(self) -> int:

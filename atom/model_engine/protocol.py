@@ -1,6 +1,7 @@
 """The plain typed data that crosses borders: front end <-> engine core <-> workers.
 
-Everything here encodes as msgpack and nothing imports torch.
+Everything here encodes as msgpack and nothing imports torch. Structs made in numbers at every step are not tracked
+by the garbage collector (gc=False): none of them can be part of a cycle.
 """
 
 import msgspec
@@ -20,7 +21,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     grammar: str = ""  # that the answer must follow, as structured_output.grammar_of writes it
 
 
-class TokenLogprobs(msgspec.Struct, array_like=True):
+class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
     """One position: the chosen token first, then the top candidates in falling order."""
 
     token_ids: list[int]
@@ -28,7 +29,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
     rank: int  # of the chosen token in the whole vocabulary, 1 = the most likely
 
 
-class EngineOutput(msgspec.Struct, kw_only=True):
+class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """What one step added to one request."""
 
     request_id: str
@@ -53,26 +54,18 @@ class NewRequest(msgspec.Struct, kw_only=True):
     num_computed_tokens: int  # prefix-cache hits
 
 
-class CachedRequest(msgspec.Struct, kw_only=True):
-    """What changed for a request a worker already knows."""
-
-    request_id: str
-    new_block_ids: list[int]
-    num_computed_tokens: int
-
-
-class ScheduledBatch(msgspec.Struct, kw_only=True):
+class ScheduledBatch(msgspec.Struct, kw_only=True, gc=False):
     """One step's work, as counts of tokens. Requests not named are left as they are."""
 
     new_requests: list[NewRequest]
-    cached_requests: list[CachedRequest]
+    new_block_ids: dict[str, list[int]]  # request_id -> blocks that a request the worker knows got in addition
     num_scheduled_tokens: dict[str, int]  # request_id -> tokens to compute now
     removed_request_ids: list[str]  # finished, aborted or preempted: forget them first
     total_tokens: int
     token_masks: dict[str, bytes] = msgspec.field(default_factory=dict)  # request_id -> a bit a token that may come
 
 
-class ModelOutput(msgspec.Struct, kw_only=True):
+class ModelOutput(msgspec.Struct, kw_only=True, gc=False):
     """What a step produced. A request whose prompt isn't through yet has no token."""
 
     sampled_token_ids: dict[str, list[int]]

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from atom.model_engine.block_manager import BlockManager
 from atom.model_engine.protocol import (
-    CachedRequest,
     EngineOutput,
     EngineRequest,
     ModelOutput,
@@ -88,7 +87,7 @@ class Scheduler:
     def add(self, request: EngineRequest, grammar: "Grammar | None" = None) -> None:
         """grammar: must be ready."""
         assert request.request_id not in self._sequences, f"request id {request.request_id!r} is in use"
-        seq = Sequence(request, self._order, grammar)
+        seq = Sequence(request, self._order, self.limits.max_model_len, grammar)
         self._order += 1
         self._sequences[seq.request_id] = seq
         self._waiting_since[seq.request_id] = self._clock()
@@ -118,38 +117,40 @@ class Scheduler:
         scheduled: dict[str, int] = {}
         sequences: dict[str, Sequence] = {}
         new: list[NewRequest] = []
-        cached: list[CachedRequest] = []
+        new_block_ids: dict[str, list[int]] = {}
         preempted = False
         has_prefill = False
 
         # Decodes before chunks of prompts, each in order of service.
-        going_on = [s for s in self._running if not self._must_wait(s)]
-        decoding = [s for s in going_on if s.num_uncomputed_tokens == 1]
-        prefilling = [s for s in going_on if s.num_uncomputed_tokens > 1]
-        for seq in decoding + prefilling:
+        decoding: list[tuple[Sequence, int]] = []
+        prefilling: list[tuple[Sequence, int]] = []
+        for seq in self._running:
+            if not (seq.num_pending_tokens and self._must_wait(seq)):
+                uncomputed = seq.num_uncomputed_tokens
+                (decoding if uncomputed == 1 else prefilling).append((seq, uncomputed))
+        block_size = self.blocks.block_size
+        for seq, uncomputed in decoding + prefilling:
             if budget == 0:
                 break
             if seq.status is not SequenceStatus.RUNNING:
                 continue  # preempted below for the sake of an earlier one
-            count = min(seq.num_uncomputed_tokens, budget)
-            new_blocks = self.blocks.grow(seq, seq.num_computed_tokens + count)
-            while new_blocks is None:
-                victim = self._running[-1]
-                self._preempt(victim)
-                preempted = True
-                if sequences.pop(victim.request_id, None) is not None:
-                    budget += scheduled.pop(victim.request_id)
-                    cached = [c for c in cached if c.request_id != victim.request_id]
-                if victim is seq:
-                    break
-                new_blocks = self.blocks.grow(seq, seq.num_computed_tokens + count)
-            if new_blocks is None:
-                continue
-            cached.append(
-                CachedRequest(
-                    request_id=seq.request_id, new_block_ids=new_blocks, num_computed_tokens=seq.num_computed_tokens
-                )
-            )
+            count = uncomputed if uncomputed < budget else budget
+            end = seq.num_computed_tokens + count
+            if end > len(seq.block_ids) * block_size:
+                new_blocks = self.blocks.grow(seq, end)
+                while new_blocks is None:
+                    victim = self._running[-1]
+                    self._preempt(victim)
+                    preempted = True
+                    if sequences.pop(victim.request_id, None) is not None:
+                        budget += scheduled.pop(victim.request_id)
+                        new_block_ids.pop(victim.request_id, None)
+                    if victim is seq:
+                        break
+                    new_blocks = self.blocks.grow(seq, end)
+                if new_blocks is None:
+                    continue
+                new_block_ids[seq.request_id] = new_blocks
             scheduled[seq.request_id] = count
             sequences[seq.request_id] = seq
             budget -= count
@@ -201,7 +202,7 @@ class Scheduler:
         self._in_flight.append(_Step(step, self._clock(), has_prefill))
         return ScheduledBatch(
             new_requests=new,
-            cached_requests=cached,
+            new_block_ids=new_block_ids,
             num_scheduled_tokens=scheduled,
             removed_request_ids=removed,
             total_tokens=self.limits.max_num_batched_tokens - budget,
@@ -218,12 +219,12 @@ class Scheduler:
         if step.has_prefill:
             self._last_prefill_seconds = self._clock() - step.started
         results: list[EngineOutput] = []
+        block_size = self.blocks.block_size
         for seq in step.sequences:
             if seq.status is SequenceStatus.FINISHED:
                 continue  # ended or aborted while the step ran
             request_id = seq.request_id
-            error = output.errors.get(request_id)
-            if error is not None:
+            if output.errors and (error := output.errors.get(request_id)) is not None:
                 results.append(
                     EngineOutput(request_id=request_id, new_token_ids=[], finish_reason="error", error=error)
                 )
@@ -233,7 +234,8 @@ class Scheduler:
             if sampled:
                 seq.num_pending_tokens -= 1
                 results.append(self._take_tokens(seq, sampled, output))
-            if seq.status is SequenceStatus.RUNNING:
+            full = seq.num_computed_tokens >= (seq.num_registered_blocks + 1) * block_size
+            if full and seq.status is SequenceStatus.RUNNING:
                 self.blocks.register_computed(seq)
         return results
 
@@ -256,42 +258,38 @@ class Scheduler:
                 error=seq.grammar.error,
                 error_param="structured_output",
             )
-        logprobs = output.logprobs.get(seq.request_id)
         if reason is not None:
             self.blocks.register_computed(seq)
             self._finish(seq)
-        return EngineOutput(
+        result = EngineOutput(
             request_id=seq.request_id,
             new_token_ids=taken,
             finish_reason=reason,
             stop_reason=stop_reason,
-            new_logprobs=logprobs[: len(taken)] if logprobs is not None else None,
-            prompt_logprobs=output.prompt_logprobs.get(seq.request_id),
             num_cached_tokens=seq.num_cached_tokens,
         )
+        if output.logprobs and (logprobs := output.logprobs.get(seq.request_id)) is not None:
+            result.new_logprobs = logprobs[: len(taken)]
+        if output.prompt_logprobs:
+            result.prompt_logprobs = output.prompt_logprobs.get(seq.request_id)
+        return result
 
     def _append(self, seq: Sequence, sampled: list[int]) -> tuple[list[int], str | None, int | None]:
         """Append tokens up to the one that ends the request: (taken, finish reason, stop token)."""
-        params = seq.params
         for i, token in enumerate(sampled, start=1):
             seq.token_ids.append(token)
             num_known = len(seq.token_ids)
-            num_output = num_known - seq.num_prompt_tokens
             if seq.grammar is not None and seq.grammar.takes_last(token):
                 return sampled[:i], "stop", token if token in seq.stop_token_ids else None
-            if token in seq.stop_token_ids and num_output >= params.min_tokens:
+            if token in seq.stop_token_ids and num_known >= seq.min_num_tokens:
                 return sampled[:i], "stop", token
-            if num_output >= params.max_tokens or num_known >= self.limits.max_model_len:
+            if num_known >= seq.max_num_tokens:
                 return sampled[:i], "length", None
         return sampled, None, None
 
     def _must_wait(self, seq: Sequence) -> bool:
-        """Whether the tokens still on their way are the last ones it can have, or tell what may follow."""
-        return seq.num_pending_tokens > 0 and (
-            seq.grammar is not None
-            or seq.num_output_tokens >= seq.params.max_tokens
-            or seq.num_tokens >= self.limits.max_model_len
-        )
+        """Of one with tokens still on their way: whether they are the last it can have, or tell what may follow."""
+        return seq.grammar is not None or seq.num_tokens >= seq.max_num_tokens
 
     def _may_admit(self, seq: Sequence) -> bool:
         """With a delay factor f, a prompt waits while others run until f x the last prefill's duration is over.

@@ -27,6 +27,8 @@ class Sequence:
         "block_hashes",
         "block_ids",
         "grammar",
+        "max_num_tokens",
+        "min_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_pending_tokens",
@@ -42,7 +44,9 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: EngineRequest, order: int, grammar: "Grammar | None" = None) -> None:
+    def __init__(
+        self, request: EngineRequest, order: int, max_model_len: int, grammar: "Grammar | None" = None
+    ) -> None:
         self.request = request
         self.request_id = request.request_id
         self.params = request.sampling_params
@@ -50,6 +54,9 @@ class Sequence:
         self.order = order  # of arrival: the tie-break among equal priorities
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        # Stop tokens count from the lower on; with the higher it ends.
+        self.min_num_tokens = self.num_prompt_tokens + self.params.min_tokens
+        self.max_num_tokens = min(self.num_prompt_tokens + self.params.max_tokens, max_model_len)
         self.num_computed_tokens = 0
         self.num_pending_tokens = 0
         self.num_cached_tokens = 0  # of the first prefill, as reported to the user
@@ -70,7 +77,7 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return self.num_tokens - self.num_computed_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def sort_key(self) -> tuple[int, int]:

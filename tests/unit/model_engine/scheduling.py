@@ -66,10 +66,8 @@ class FakeWorker:
                 "blocks": list(new.block_ids),
                 "computed": new.num_computed_tokens,
             }
-        for cached in batch.cached_requests:
-            request = self.requests[cached.request_id]
-            assert request["computed"] == cached.num_computed_tokens
-            request["blocks"] += cached.new_block_ids
+        for request_id, block_ids in batch.new_block_ids.items():
+            self.requests[request_id]["blocks"] += block_ids
         output = ModelOutput(sampled_token_ids={})
         # All writes of a step happen before any read, as in a batched kernel.
         for request_id, count in batch.num_scheduled_tokens.items():

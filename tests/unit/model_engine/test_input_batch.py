@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from atom.model_engine.input_batch import InputBatch
-from atom.model_engine.protocol import CachedRequest, NewRequest, ScheduledBatch
+from atom.model_engine.protocol import NewRequest, ScheduledBatch
 from atom.sampling_params import SamplingParams
 
 
@@ -20,7 +20,7 @@ def new_request(name, tokens, blocks, computed=0, num_prompt=None):
 def batch_of(**counts):
     return ScheduledBatch(
         new_requests=[],
-        cached_requests=[],
+        new_block_ids={},
         num_scheduled_tokens=counts,
         removed_request_ids=[],
         total_tokens=sum(counts.values()),
@@ -95,5 +95,5 @@ def test_rows_are_reused_without_leaking_the_earlier_request():
 def test_blocks_are_appended_in_order():
     batch = make_batch(block_size=1)
     row = batch.add(new_request("a", [1, 2], [9, 8]))
-    batch.append_blocks(row, CachedRequest(request_id="a", new_block_ids=[4], num_computed_tokens=2).new_block_ids)
+    batch.append_blocks(row, [4])
     assert batch.block_table[row, :3].tolist() == [9, 8, 4]
