@@ -100,7 +100,9 @@ def main() -> None:
     for name, value in sorted(medians.items(), key=lambda item: -item[1]):
         print(f"{name:16} {value:7.3f} ms")
     median = statistics.median(host)
-    print(f"host time a step at batch {options.batch}: median {median:.3f} ms, best {host[0]:.3f} ms (goal {GOAL_MS} ms)")
+    print(
+        f"host time a step at batch {options.batch}: median {median:.3f} ms, best {host[0]:.3f} ms (goal {GOAL_MS} ms)"
+    )
     print(json.dumps({"batch": options.batch, "host_ms": median, "best_ms": host[0], "goal_ms": GOAL_MS} | medians))
 
 

@@ -16,7 +16,8 @@ class StepInput:
 
     rows, counts: int64 [R], each request's row and number of tokens; starts: int32 [R + 1], its first flat token.
     input_ids, positions: int64 [T]. sampling: int64 [S], indices into rows of the requests whose last token is
-    computed now; request_ids: theirs; occupancy: of their rows, see InputBatch; logits_indices: int64 [S] on the device, the flat token each samples from.
+    computed now; request_ids: theirs; occupancy: of their rows, see InputBatch; logits_indices: int64 [S] on the
+    device, the flat token each samples from.
     """
 
     rows: np.ndarray
