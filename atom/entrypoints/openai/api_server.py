@@ -2,15 +2,15 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute, APIRouter
-from pydantic_core import from_json
+from fastapi.routing import APIRouter
 
 from atom import __version__
+from atom.entrypoints.openai import serving_messages, serving_responses
 from atom.entrypoints.openai import tokenize as tokenization
 from atom.entrypoints.openai.context import ServingContext
 from atom.entrypoints.openai.errors import ApiError, add_error_handlers
@@ -23,11 +23,12 @@ from atom.entrypoints.openai.protocol import (
     EmbeddingRequest,
     TokenizeRequest,
 )
+from atom.entrypoints.openai.routing import ERRORS, JsonRoute, answer
 from atom.entrypoints.openai.serving_chat import ChatCompletions, ChatService
 from atom.entrypoints.openai.serving_completion import CompletionService
 from atom.entrypoints.openai.serving_models import ModelList
 from atom.entrypoints.openai.settings import ServerSettings
-from atom.entrypoints.openai.streaming import ClientLeftError, EventStream, cancelled_on_disconnect
+from atom.entrypoints.openai.streaming import EventStream
 from atom.model_engine.async_llm_engine import AsyncLLMEngine
 from atom.utils.logging import get_logger
 
@@ -36,38 +37,6 @@ logger = get_logger(__name__)
 _STATISTICS_SECONDS = 10.0
 _STALL_CHECK_SECONDS = 2.0
 _PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-# OpenAPI: every path may answer so.
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request is wrong: {error: {message, type, param, code}}"},
-    "5XX": {"description": "The server or its engine failed"},
-}
-
-
-class JsonRequest(Request):
-    """Parses bodies strictly: no NaN, no unpaired surrogates, bounded nesting."""
-
-    async def json(self) -> Any:
-        try:
-            return from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:
-            raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-
-
-class JsonRoute(APIRoute):
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-        takes_body = self.body_field is not None
-
-        async def handler(request: Request) -> Response:
-            if takes_body:
-                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-                if kind != "application/json" and not kind.endswith("+json"):
-                    raise ApiError(
-                        415, "the header Content-Type must be application/json", code="unsupported_media_type"
-                    )
-            return await handle(JsonRequest(request.scope, request.receive))
-
-        return handler
 
 
 class Application(FastAPI):
@@ -122,18 +91,19 @@ def create_app(engine: AsyncLLMEngine, settings: ServerSettings, metrics: Metric
 
 
 def _mount_extensions(app: Application) -> None:
-    """Further protocols and the page at /, where they are there."""
+    """Further protocols, and the page at / where it is there."""
     import importlib
     import importlib.util
 
-    for name, function in (("serving_responses", "mount"), ("serving_messages", "mount"), ("ui", "mount_ui")):
-        module = f"atom.entrypoints.openai.{name}"
-        if importlib.util.find_spec(module) is not None:
-            getattr(importlib.import_module(module), function)(app)
+    serving_responses.mount(app)
+    serving_messages.mount(app)
+    module = "atom.entrypoints.openai.ui"
+    if importlib.util.find_spec(module) is not None:
+        importlib.import_module(module).mount_ui(app)
 
 
 def _openai_routes(context: ServingContext, chat: ChatService) -> APIRouter:
-    router = APIRouter(route_class=JsonRoute, responses=_ERRORS)
+    router = APIRouter(route_class=JsonRoute, responses=ERRORS)
     completions = CompletionService(context)
     chats = ChatCompletions(chat)
     models = ModelList(context)
@@ -179,7 +149,7 @@ def _openai_routes(context: ServingContext, chat: ChatService) -> APIRouter:
 
 
 def _engine_routes(context: ServingContext) -> APIRouter:
-    router = APIRouter(responses=_ERRORS)
+    router = APIRouter(responses=ERRORS)
     engine, metrics = context.engine, context.metrics
 
     @router.get("/health")
@@ -223,25 +193,6 @@ def _engine_routes(context: ServingContext) -> APIRouter:
         return JSONResponse({"status": "ok", "trace": path})
 
     return router
-
-
-async def answer(http: Request, work: Coroutine[Any, Any, dict[str, Any]], close: Callable[[], None]) -> Response:
-    """The work's result as JSON; it is cancelled when the client leaves. close: called in any case."""
-    try:
-        return JsonAnswer(await cancelled_on_disconnect(http.receive, work))
-    except ClientLeftError:
-        return Response(status_code=499)  # nobody reads it
-    finally:
-        close()
-
-
-class JsonAnswer(JSONResponse):
-    """As msgspec encodes: several times faster, and exact for any text."""
-
-    def render(self, content: Any) -> bytes:
-        import msgspec
-
-        return msgspec.json.encode(content)
 
 
 async def _log_statistics(context: ServingContext) -> None:

@@ -1,5 +1,6 @@
-"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}."""
+"""Errors as clients expect them: OpenAI's {"error": {"message", "type", "param", "code"}}, and Anthropic's."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,15 @@ logger = get_logger(__name__)
 
 _LONGEST_MESSAGE = 1000  # a message may quote what the client sent
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ApiError(HTTPException):
@@ -42,8 +52,21 @@ class ApiError(HTTPException):
             message = message[:_LONGEST_MESSAGE] + "..."
         return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status_code, headers=self.headers)
+    def anthropic_body(self, request_id: str | None = None) -> dict[str, Any]:
+        """{"type": "error", "error": {"type", "message"}}, and the request's id where it is known."""
+        kind = _ANTHROPIC_TYPES.get(self.status_code)
+        if kind is None:
+            kind = "invalid_request_error" if self.status_code < 500 else "api_error"
+        body = {"type": "error", "error": {"type": kind, "message": self.body()["error"]["message"]}}
+        return body if request_id is None else body | {"request_id": request_id}
+
+    def response(self, scope: Mapping[str, Any]) -> JSONResponse:
+        """The answer to a request, in the shape of its path's protocol."""
+        if not scope["path"].startswith("/v1/messages"):
+            return JSONResponse(self.body(), self.status_code, headers=self.headers)
+        request_id = scope.get("state", {}).get("request_id", "")
+        headers = {**(self.headers or {}), "request-id": request_id}
+        return JSONResponse(self.anthropic_body(request_id), self.status_code, headers=headers)
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -66,7 +89,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 def add_error_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+        return as_api_error(error).response(request.scope)
 
     for kind in (RequestValidationError, HTTPException, RequestError, EngineDeadError, StreamDroppedError, Exception):
         app.add_exception_handler(kind, handle)

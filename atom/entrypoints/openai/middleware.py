@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import json
 import re
 import time
 import uuid
@@ -62,7 +61,7 @@ class Gate:
                 self._check(scope, headers)
                 body = await self._read_body(scope, headers, receive)
             except ApiError as error:
-                await _answer(send_with_id, error)
+                await error.response(scope)(scope, receive, send_with_id)
                 return
             await self._app(scope, _replay(body, receive), send_with_id)
         finally:
@@ -148,11 +147,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-async def _answer(send: Send, error: ApiError) -> None:
-    body = json.dumps(error.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
-    await send({"type": "http.response.start", "status": error.status_code, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
