@@ -44,7 +44,7 @@ class _Connection(asyncio.Protocol):
         self._events = EventParser()
         self._heard = False
         self._streams = False
-        self._complete = False
+        self._keep_alive = False
         self.status = 0
         self.body = b""
 
@@ -67,7 +67,7 @@ class _Connection(asyncio.Protocol):
         finally:
             self._response = None
         self.used = True
-        if not self._parser.should_keep_alive():
+        if not self._keep_alive:
             self.close()
 
     def close(self) -> None:
@@ -115,6 +115,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if self.status != 100:
+            self._keep_alive = self._parser.should_keep_alive()  # only now does the parser know
             self._finish(None)
 
     def _finish(self, error: Exception | None) -> None:
