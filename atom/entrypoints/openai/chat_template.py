@@ -1,13 +1,12 @@
 """A conversation as a prompt: messages checked and normalized, then the model's template, in transformers' sandbox."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from atom.entrypoints.openai.protocol import ChatMessage, Tool
 from atom.model_engine.async_llm_engine import AsyncLLMEngine
 from atom.model_engine.input_processor import InputProcessor
-from atom.utils.errors import ConfigError, RequestError
+from atom.utils.errors import RequestError
 
 _INLINE_CHARACTERS = 4096  # longer conversations are rendered off the event loop
 # What a request may not set through chat_template_kwargs: it would change what is run, not what is said.
@@ -18,11 +17,11 @@ _RESERVED = frozenset(
 
 
 class ChatTemplate:
-    """The template a server uses: the flag's (text, or a file's) or the model's own."""
+    """The template a server uses: the flag's text or the model's own."""
 
     def __init__(self, engine: AsyncLLMEngine, given: str | None = None) -> None:
         self._engine = engine
-        self._template = _read_template(given) if given else None
+        self._template = given
 
     async def prompt(
         self,
@@ -115,14 +114,3 @@ def _text_of(content: str | list[dict[str, Any]] | None) -> str:
             raise RequestError("messages: a text part needs a string 'text'", "messages")
         texts.append(text)
     return "\n".join(texts)
-
-
-def _read_template(given: str) -> str:
-    if "{" in given:
-        return given
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"chat_template={given!r} is neither a template nor a file that can be read: {error}"
-        ) from None

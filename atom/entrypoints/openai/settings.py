@@ -2,14 +2,19 @@
 
 import argparse
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from atom.entrypoints.commands.common import add_flag
+from atom.entrypoints.openai.parsers import REASONING_PARSERS, TOOL_PARSERS
 from atom.utils.errors import ConfigError
 
 
 @dataclass(kw_only=True)
 class ServerSettings:
-    """served_model_names: what requests may call the model; the first is the one answers carry."""
+    """served_model_names: what requests may call the model; the first is the one answers carry.
+
+    chat_template: a template, or a file with one, which is read here. ConfigError for values that can't be.
+    """
 
     served_model_names: list[str]
     host: str = "127.0.0.1"
@@ -39,6 +44,12 @@ class ServerSettings:
         for name, low in (("max_request_bytes", 1), ("max_queue", 0), ("shutdown_grace", 0), ("read_timeout", 1)):
             if not getattr(self, name) >= low:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {low}")
+        for flag, known in (("reasoning_parser", REASONING_PARSERS), ("tool_call_parser", TOOL_PARSERS)):
+            name = getattr(self, flag)
+            if name is not None and name not in known:
+                raise ConfigError(f"{flag}={name!r} is unknown; it must be one of {', '.join(sorted(known))}")
+        if self.chat_template is not None:
+            self.chat_template = _read_template(self.chat_template)
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise ConfigError(f"request_timeout={self.request_timeout} must be above 0 seconds")
 
@@ -88,3 +99,14 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     flag("reasoning_parser", str, None, "splits reasoning from answers, e.g. qwen3 or deepseek_r1")
     flag("tool_call_parser", str, None, "reads tool calls, e.g. hermes, llama3, mistral or deepseek")
     add_flag(group, "log_requests", action="store_true", help="one log line for each request")
+
+
+def _read_template(given: str) -> str:
+    if "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"chat_template={given!r} is neither a template nor a file that can be read: {error}"
+        ) from None

@@ -1,0 +1,281 @@
+"""How the server ends, what it survives, and that nothing it started outlives it."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from clients import eventually, gauge, make_client, stream_completion, token_ids
+from live import live_server
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+from tiny_models import make_checkpoint
+
+FLAGS = ("--max-num-seqs", "16", "--max-model-len", "256", "--load_dummy")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Random weights and no tokenizer: prompts are token ids."""
+    return str(make_checkpoint("llama", tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, tiny):
+    """A server that these tests only use."""
+    with live_server(
+        tmp_path_factory.mktemp("shared"), *FLAGS, "--log-requests", "--read-timeout", "1", model=tiny
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def serve(tmp_path, tiny):
+    return lambda *flags: live_server(tmp_path, *FLAGS, *flags, model=tiny)
+
+
+def core_of(server) -> psutil.Process:
+    (core,) = psutil.Process(server.process.pid).children(recursive=True)
+    return core
+
+
+def prompt(i: int) -> list[int]:
+    return [3 + i % 90, 5, 7 * i % 120 + 1]
+
+
+async def first_token_of(client, **fields):
+    """A long stream, under way."""
+    task = asyncio.create_task(stream_completion(client, prompt(0), 200, **fields))
+    await eventually(lambda: _is_running(client))
+    return task
+
+
+async def _is_running(client):
+    return await gauge(client, "num_requests_running") > 0
+
+
+def test_sigterm_lets_open_streams_end(serve):
+    async def run(server):
+        async with make_client(server.url) as client:
+            task = await first_token_of(client)
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.05)
+            if not task.done():
+                with pytest.raises((httpx.HTTPStatusError, httpx.TransportError)):
+                    (await client.post("/v1/completions", json={"prompt": [1], "max_tokens": 1})).raise_for_status()
+            events = await task
+            assert events[-1] == "[DONE]"
+            assert events[-2]["choices"][0]["finish_reason"] == "length"
+
+    with serve() as server:
+        core = core_of(server)
+        asyncio.run(run(server))
+        assert server.process.wait(30) == 0
+        assert not core.is_running()
+
+
+def test_a_second_signal_ends_it_at_once(serve):
+    async def run(server):
+        async with make_client(server.url) as client:
+            task = await first_token_of(client, stream=True)
+            server.process.send_signal(signal.SIGSTOP)  # so that both signals are pending when it goes on
+            server.process.send_signal(signal.SIGINT)
+            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGCONT)
+            with pytest.raises(httpx.TransportError):
+                await task
+
+    with serve("--shutdown-grace", "60") as server:
+        core = core_of(server)
+        asyncio.run(run(server))
+        assert server.process.wait(10) in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        psutil.wait_procs([core], timeout=10)
+        assert not core.is_running()
+
+
+def test_a_killed_core_fails_its_requests_and_comes_back(serve):
+    async def run(server):
+        async with make_client(server.url) as client:
+            expected = token_ids(await stream_completion(client, prompt(1), 20, return_token_ids=True))
+            tasks = [asyncio.create_task(stream_completion(client, prompt(i), 240)) for i in range(8)]
+            await eventually(lambda: _is_running(client))
+            core_of(server).send_signal(signal.SIGKILL)
+            killed = time.monotonic()
+            ends = [events[-1] for events in await asyncio.gather(*tasks)]
+            assert time.monotonic() - killed < 2
+            failed = [end for end in ends if end != "[DONE]"]
+            assert failed
+            assert all(end["error"]["code"] == "engine_dead" for end in failed)
+            health = await client.get("/health")
+            assert health.status_code == 503
+            refused = await client.post("/v1/completions", json={"prompt": [1], "max_tokens": 1})
+            assert refused.status_code == 503
+            assert "Retry-After" in refused.headers
+
+            async def is_healthy():
+                return (await client.get("/health")).status_code == 200
+
+            await eventually(is_healthy, 60)
+            again = token_ids(await stream_completion(client, prompt(1), 20, return_token_ids=True))
+            assert again == expected
+
+    with serve("--restart-engine") as server:
+        asyncio.run(run(server))
+
+
+def test_without_a_restart_it_stays_ill_but_answers(serve):
+    with serve() as server:
+        core_of(server).send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while httpx.get(f"{server.url}/health").status_code == 200:
+            assert time.monotonic() < deadline
+        assert "engine" in httpx.get(f"{server.url}/health").json()["error"]["message"]
+        assert httpx.get(f"{server.url}/v1/models").status_code == 200
+
+
+def test_a_killed_server_leaves_no_core(serve):
+    with serve() as server:
+        core = core_of(server)
+        server.process.kill()
+        gone, _ = psutil.wait_procs([core], timeout=10)
+        assert gone
+
+
+def test_clients_that_leave_free_their_blocks(shared):
+    async def run(server):
+        async with make_client(server.url) as client:
+            rng = random.Random(0)
+
+            async def one(i: int) -> str:
+                leaves = i % 3 == 0
+                try:
+                    async with asyncio.timeout(rng.uniform(0.02, 0.8) if leaves else 60):
+                        events = await stream_completion(client, prompt(i), 100)
+                except TimeoutError:
+                    return "left"
+                assert events[-1] == "[DONE]"
+                return "done"
+
+            results = await asyncio.gather(*(one(i) for i in range(60)))
+            assert results.count("left") > 5
+
+            async def is_idle():
+                return not await gauge(client, "kv_cache_usage_perc")
+
+            await eventually(is_idle, 5)
+            assert await gauge(client, "num_requests_running") == 0
+            assert await gauge(client, "num_requests_waiting") == 0
+
+    asyncio.run(run(shared))
+    assert "path=/v1/completions status=200" in shared.log
+
+
+def test_a_client_that_never_reads_is_dropped_and_others_go_on(shared):
+    async def run(server):
+        host, port = server.url.removeprefix("http://").split(":")
+        # More than the buffers on the way hold.
+        body = b'{"prompt": [5], "max_tokens": 240, "ignore_eos": true, "n": 32, "logprobs": 20, "stream": true}'
+        with socket.create_connection((host, int(port))) as lazy:
+            lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            lazy.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            async with make_client(server.url) as client:
+                events = await stream_completion(client, prompt(2), 20)
+                assert events[-1] == "[DONE]"
+
+                async def is_idle():
+                    return await gauge(client, "num_requests_running") == 0
+
+                await eventually(is_idle, 60)
+                assert (await client.get("/health")).status_code == 200
+
+    asyncio.run(run(shared))
+    assert "did not read its answer" in shared.log
+
+
+def test_many_streams_each_get_their_own_answer(shared):
+    async def run(server):
+        async with make_client(server.url) as client:
+            alone = [
+                token_ids(await stream_completion(client, prompt(i), 24, return_token_ids=True)) for i in range(12)
+            ]
+            jobs = [stream_completion(client, prompt(i % 12), 24, return_token_ids=True) for i in range(72)]
+            together = await asyncio.gather(*jobs)
+        assert all(token_ids(events) == alone[i % 12] for i, events in enumerate(together))
+        assert len({tuple(tokens) for tokens in alone}) > 6
+
+    asyncio.run(run(shared))
+
+
+@pytest.mark.slow
+def test_five_hundred_streams_with_the_embedded_model(tmp_path):
+    """Each carries a canary; nothing is lost or mixed up, and memory stays flat over several rounds."""
+
+    async def round_of(client, expected):
+        jobs = [
+            stream_completion(client, [504, 3575, 282, 1000 + i], 16, return_token_ids=True)
+            for i in range(len(expected))
+        ]
+        results = [token_ids(events) for events in await asyncio.gather(*jobs)]
+        assert results == expected
+
+    async def run(server):
+        async with make_client(server.url) as client:
+            expected = []
+            for i in range(500):
+                events = await stream_completion(client, [504, 3575, 282, 1000 + i], 16, return_token_ids=True)
+                expected.append(token_ids(events))
+            processes = [psutil.Process(server.process.pid), core_of(server)]
+            sizes = []
+            for _ in range(6):
+                await round_of(client, expected)
+                sizes.append(sum(p.memory_info().rss for p in processes))
+            assert sizes[-1] < sizes[1] + 40 * 2**20
+
+    with live_server(tmp_path, "--max-num-seqs", "256") as server:
+        asyncio.run(run(server))
+
+
+def run_server(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "atom.entrypoints.openai_server", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ})
+
+
+def test_a_port_in_use_is_told_in_one_line(serve, tiny):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run_server("--model", tiny, "--server-port", port)
+    assert done.returncode == 2
+    assert port in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--server-port", "70000"], "server_port"),
+        (["--ssl-certfile", "/nowhere.pem"], "ssl_keyfile"),
+        (["--tool-call-parser", "nope"], "tool_call_parser"),
+        (["--chat-template", "/nowhere.jinja"], "chat_template"),
+        (["--max-queue", "-1"], "max_queue"),
+    ],
+    ids=str,
+)
+def test_a_wrong_flag_is_told_in_one_line(tiny, flags, words):
+    done = run_server("--model", tiny, "--server-port", "0", *flags)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
