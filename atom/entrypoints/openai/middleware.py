@@ -1,6 +1,7 @@
 """What every HTTP request passes before FastAPI sees it: id, key, size, and whether the server still accepts any."""
 
 import asyncio
+import contextlib
 import hmac
 import re
 import time
@@ -23,6 +24,7 @@ Send = Callable[[Message], Awaitable[None]]
 _OPEN_PATHS = frozenset({"/", "/health", "/ping", "/version", "/metrics", "/openapi.json", "/favicon.ico"})
 _OPEN_PREFIXES = ("/ui/", "/static/")
 _ALWAYS_ANSWERED = frozenset({"/health", "/ping", "/version", "/metrics"})  # while shutting down, too
+_DISCARD_SECONDS = 1.0
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -96,6 +98,7 @@ class Gate:
         limit = self._settings.max_request_bytes
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared[:20]) > limit:
+            await _discard(receive)
             raise _too_large(limit)
         chunks, size = [], 0
         try:
@@ -107,6 +110,8 @@ class Gate:
                     chunk = message.get("body", b"")
                     size += len(chunk)
                     if size > limit:
+                        if message.get("more_body"):
+                            await _discard(receive)
                         raise _too_large(limit)
                     chunks.append(chunk)
                     if not message.get("more_body"):
@@ -116,8 +121,16 @@ class Gate:
             raise ApiError(408, f"the request's body did not arrive within {seconds:g} s") from None
 
 
+async def _discard(receive: Receive) -> None:
+    """Read on for a moment: closing while a client still sends would reset the connection before it sees the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while (await receive()).get("more_body"):
+                pass
+
+
 def _too_large(limit: int) -> ApiError:
-    # The rest of the body is not read, so the connection can't be used again.
+    # The body may not have been read to its end, so the connection can't be used again.
     return ApiError(
         413, f"the request is larger than {limit} bytes", code="request_too_large", headers={"Connection": "close"}
     )
