@@ -70,11 +70,10 @@ class Session:
         if settings.model:
             results.model = settings.model
         elif status != 200:
-            raise ConfigError(
-                f"{settings.base_url}/v1/models answers {status}: {error_text(body)}; name one by --model"
-            )
+            hint = "" if status in (401, 403) else "; name a model by --model"
+            raise ConfigError(f"{self._client.base_url}/v1/models answers {status}: {error_text(body)}{hint}")
         else:
-            results.model = _first_model(body, settings.base_url)
+            results.model = _first_model(body, self._client.base_url)
         status, body = await self._ask("GET", "/version")
         if status == 200:
             results.server = _object(body)
@@ -104,7 +103,7 @@ class Session:
         for record in records:
             if record.error:
                 raise ConfigError(
-                    f"the warm-up failed: {record.error} ({self.settings.base_url}{self.settings.endpoint})"
+                    f"the warm-up failed: {record.error} ({self._client.base_url}{self.settings.endpoint})"
                 )
 
     async def _run_point(self, index: int, rate: float, places: int | None) -> None:
