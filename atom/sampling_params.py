@@ -119,7 +119,7 @@ class SamplingParams:
         self.temperature = _real("temperature", self.temperature, 0, 100)
         if self.temperature < GREEDY_BELOW:
             self.temperature = 0.0
-        self.max_tokens = _integer("max_tokens", self.max_tokens, 1)
+        self.max_tokens = _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name}={getattr(self, name)!r} must be true or false", name)
@@ -149,27 +149,29 @@ class SamplingParams:
         self.structured_output = _structured_output(self.structured_output)
 
 
-def _real(name: str, value: Any, low: float, high: float) -> float:
+def _real(name: str, value: Any, low: float, high: float, param: str | None = None) -> float:
+    param = param or name
     if type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise RequestError(f"{name}={value!r} must be a number", name)
+            raise RequestError(f"{name}={value!r} must be a number", param)
         try:
             value = float(value)
         except OverflowError:
             value = math.inf
     if not low <= value <= high:  # false for NaN as well
-        raise RequestError(f"{name}={value!r} must be between {low:g} and {high:g}", name)
+        raise RequestError(f"{name}={value!r} must be between {low:g} and {high:g}", param)
     return value
 
 
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def _integer(name: str, value: Any, low: int, high: int | None = None, param: str | None = None) -> int:
+    param = param or name
     if type(value) is not int:
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise RequestError(f"{name}={value!r} must be an integer", name)
+            raise RequestError(f"{name}={value!r} must be an integer", param)
         value = int(value)
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise RequestError(f"{name}={value} must be {bounds}", name)
+        raise RequestError(f"{name}={value} must be {bounds}", param)
     return value
 
 
@@ -211,7 +213,8 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
     for key, amount in value.items():
         if isinstance(key, str) and len(key) <= 10 and key.isascii() and key.isdecimal():
             key = int(key)  # JSON has no integer keys
-        bias[_integer(f"{name} key", key, 0, 2**31 - 1)] = _real(f"{name}[{key}]", amount, -100, 100)
+        token_id = _integer(f"{name} key", key, 0, 2**31 - 1, param=name)
+        bias[token_id] = _real(f"{name}[{key}]", amount, -100, 100, param=name)
     return bias or None
 
 

@@ -158,7 +158,7 @@ class InputProcessor:
                 raise RequestError(f"prompt_token_ids must be integers, but one is {wrong!r}", "prompt") from None
         # Checks the length first: a huge list of nonsense is just too long.
         if len(ids) < self.max_model_len:
-            self._require_in_vocabulary("prompt_token_ids", ids)
+            self._require_in_vocabulary("prompt_token_ids", ids, param="prompt")
         return ids
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -169,10 +169,11 @@ class InputProcessor:
             if count is not None and count > self.vocab_size:
                 raise RequestError(f"{name}={count} is more than the vocabulary's {self.vocab_size} tokens", name)
 
-    def _require_in_vocabulary(self, name: str, ids: Any) -> None:
+    def _require_in_vocabulary(self, name: str, ids: Any, param: str | None = None) -> None:
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise RequestError(f"{name}: token id {wrong} is not in the vocabulary (0 to {self.vocab_size - 1})", name)
+            known = f"0 to {self.vocab_size - 1}"
+            raise RequestError(f"{name}: token id {wrong} is not in the vocabulary ({known})", param or name)
 
     def _too_long(self, what: str) -> RequestError:
         return RequestError(f"prompt {what} max_model_len={self.max_model_len} allows", "prompt")

@@ -90,7 +90,7 @@ def _write_grammar(kind: str, text: str, after: str | None, opening: str | None)
         return LLMatcher.grammar_from_lark(f"start: {rule}")
     start = "free answer" if opening is None else f"({json.dumps(opening)} free)? answer"
     return LLMatcher.grammar_from_lark(
-        f"start: {start}\nfree[suffix={json.dumps(after)}]: /(?s:.*)/\nanswer: /\\s{{0,4}}/ structure\n"
+        f"start: {start}\nfree[suffix={json.dumps(after)}]: /(?s:.*)/\nanswer: /[ \\t\\r\\n]{{0,4}}/ structure\n"
         f"structure: {rule}"
     )
 

@@ -119,3 +119,14 @@ def test_wrong_demands_are_refused(client, options, field):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, **options)
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize("kwargs", [{"think": True}, {"x": 1}], ids=["opened", "open to choice"])
+def test_a_demanded_call_follows_reasoning(client, kwargs):
+    answer = ask(client, kwargs, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=800)
+    choice = answer.choices[0]
+    if choice.finish_reason == "length":  # lost in thought
+        assert choice.message.reasoning_content
+        assert not choice.message.content
+    else:
+        assert json.loads(choice.message.tool_calls[0].function.arguments)
