@@ -227,11 +227,14 @@ def test_what_is_forbidden_or_forced(client, offline):
     assert banned.choices[0].token_ids != [free]
     (wanted,) = offline.engine.tokenizer.encode(" apple")
     assert complete(client, max_tokens=3, logit_bias={str(wanted): 100}).choices[0].text == " apple apple apple"
-    once = complete(client, max_tokens=3, logit_bias={str(wanted): 20}, frequency_penalty=2, presence_penalty=2)
-    many = complete(client, max_tokens=12, logit_bias={str(wanted): 20}, extra_body={"repetition_penalty": 10.0})
-    for answer in (once, many):
-        assert answer.choices[0].text.startswith(" apple")
-        assert answer.choices[0].text != " apple" * 3
+    urged = {"logit_bias": {str(wanted): 20}, "max_tokens": 12}
+    assert complete(client, **urged).choices[0].text == " apple" * 12
+    for penalty in ({"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 10.0}}):
+        text = complete(client, **urged, **penalty).choices[0].text
+        assert text.startswith(" apple")
+        assert text != " apple" * 12
+    loop = "la la la la la la la la"
+    assert complete(client, loop, presence_penalty=2).choices[0].text != complete(client, loop).choices[0].text
     assert (
         complete(client, temperature=2.0, seed=4, extra_body={"top_k": 1}).choices[0].text
         == complete(client).choices[0].text
