@@ -53,7 +53,8 @@ class EngineListener(Protocol):
 
     def stepped(self, outputs: Sequence[EngineOutput]) -> None: ...
 
-    def aborted(self, request_ids: Sequence[str]) -> None: ...
+    def ended(self, request_ids: Sequence[str], reason: str) -> None:
+        """By this process, not the core: "stop" (at a stop string), "abort" or "error"."""
 
 
 class Signal:
@@ -486,7 +487,7 @@ class AsyncLLMEngine:
         if self._listener is not None:
             self._listener.stepped(outputs)
         result = self._outputs.process(outputs)
-        self._abort_in_core(result.abort_ids)
+        self._abort_in_core(result.abort_ids, "stop")
         for output in result.request_outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
@@ -495,11 +496,11 @@ class AsyncLLMEngine:
                 del self._streams[output.request_id]
             stream.put(output)
 
-    def _abort_in_core(self, engine_ids: list[str]) -> None:
+    def _abort_in_core(self, engine_ids: list[str], reason: str = "abort") -> None:
         if not engine_ids:
             return
         if self._listener is not None:
-            self._listener.aborted(engine_ids)
+            self._listener.ended(engine_ids, reason)
         if self._core is not None:
             self._send(self._core, wire.Abort(engine_ids))
 
@@ -524,7 +525,7 @@ class AsyncLLMEngine:
             self._streams.pop(stream.request_id, None)
             _, engine_ids = self._outputs.abort(stream.request_id)
             if self._listener is not None:
-                self._listener.aborted(engine_ids)
+                self._listener.ended(engine_ids, "error")
             stream.fail(error)
         for future in self._calls.values():
             if not future.done():

@@ -114,10 +114,10 @@ class Metrics:
             if output.finish_reason is not None:
                 self._finish(output.request_id, output.finish_reason, now)
 
-    def aborted(self, request_ids: Sequence[str]) -> None:
+    def ended(self, request_ids: Sequence[str], reason: str) -> None:
         for request_id in request_ids:
             if request_id in self._running:
-                self._finish(request_id, "abort", time.monotonic())
+                self._finish(request_id, reason, time.monotonic())
 
     def _finish(self, request_id: str, reason: str, now: float) -> None:
         timeline = self._running.pop(request_id)
