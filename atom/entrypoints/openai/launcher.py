@@ -44,7 +44,7 @@ def run_server(args: "EngineArgs", settings: ServerSettings) -> int:
 async def _serve(config: "Config", settings: ServerSettings, listener: socket.socket) -> int:
     from atom.entrypoints.openai.api_server import create_app
     from atom.entrypoints.openai.metrics import Metrics
-    from atom.model_engine.async_llm_engine import AsyncLLMEngine, EngineDeadError
+    from atom.model_engine.async_llm_engine import AsyncLLMEngine, EngineDeadError, EngineListener
 
     stopping = asyncio.Event()
     engine: AsyncLLMEngine | None = None
@@ -59,8 +59,14 @@ async def _serve(config: "Config", settings: ServerSettings, listener: socket.so
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
     metrics = Metrics(settings.served_model_names[0])
+    watcher: EngineListener = metrics
+    tracing = None
+    if settings.otlp_traces_endpoint is not None:
+        from atom.entrypoints.openai.tracing import Tracing
+
+        watcher = tracing = Tracing(settings.otlp_traces_endpoint, settings.served_model_names[0], metrics)
     stop = asyncio.ensure_future(stopping.wait())
-    start = asyncio.ensure_future(AsyncLLMEngine.create(config, restart=settings.restart_engine, listener=metrics))
+    start = asyncio.ensure_future(AsyncLLMEngine.create(config, restart=settings.restart_engine, listener=watcher))
     try:
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not start.done():
@@ -74,7 +80,7 @@ async def _serve(config: "Config", settings: ServerSettings, listener: socket.so
             logger.critical("%s", error)
             return EXIT_ENGINE_FAILED
         app = create_app(engine, settings, metrics)
-        server = _make_server(app, settings)
+        server = _make_server(app if tracing is None else tracing.wrap(app), settings)
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
         _announce(settings, listener)
         await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -89,6 +95,8 @@ async def _serve(config: "Config", settings: ServerSettings, listener: socket.so
         stop.cancel()
         if engine is not None:
             await engine.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 def _drop_all(engine: "AsyncLLMEngine") -> None:

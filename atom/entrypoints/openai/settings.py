@@ -33,6 +33,7 @@ class ServerSettings:
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
     log_requests: bool = False
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -52,6 +53,8 @@ class ServerSettings:
             self.chat_template = _read_template(self.chat_template)
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise ConfigError(f"request_timeout={self.request_timeout} must be above 0 seconds")
+        if self.otlp_traces_endpoint is not None:
+            _check_tracing(self.otlp_traces_endpoint)
 
     @classmethod
     def from_cli_args(cls, arguments: argparse.Namespace) -> "ServerSettings":
@@ -69,6 +72,7 @@ class ServerSettings:
 _PLAIN = (
     "ssl_keyfile", "ssl_certfile", "max_request_bytes", "max_queue", "request_timeout", "read_timeout",
     "shutdown_grace", "restart_engine", "chat_template", "reasoning_parser", "tool_call_parser", "log_requests",
+    "otlp_traces_endpoint",
 )  # fmt: skip
 
 
@@ -99,6 +103,19 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     flag("reasoning_parser", str, None, "splits reasoning from answers, e.g. qwen3 or deepseek_r1")
     flag("tool_call_parser", str, None, "reads tool calls, e.g. hermes, llama3, mistral or deepseek")
     add_flag(group, "log_requests", action="store_true", help="one log line for each request")
+    flag("otlp_traces_endpoint", str, None, "URL of an OpenTelemetry collector, e.g. http://localhost:4318/v1/traces")
+
+
+def _check_tracing(endpoint: str) -> None:
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"otlp_traces_endpoint={endpoint!r} must be a URL, e.g. http://localhost:4318/v1/traces")
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter
+        import opentelemetry.sdk.trace  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"otlp_traces_endpoint={endpoint!r} needs OpenTelemetry: pip install 'atom-inference[otel]' ({error})"
+        ) from None
 
 
 def _read_template(given: str) -> str:
