@@ -101,6 +101,20 @@ def test_a_second_signal_ends_it_at_once(serve):
         assert not core.is_running()
 
 
+def test_a_signal_while_it_starts_ends_it(tiny):
+    command = [sys.executable, "-m", "atom.entrypoints.openai_server", "--model", tiny, "--server-port", "0", *FLAGS]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (cores := psutil.Process(process.pid).children(recursive=True)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(cores, timeout=5)[1]
+
+
 def test_a_killed_core_fails_its_requests_and_comes_back(serve):
     async def run(server):
         async with make_client(server.url) as client:
