@@ -22,6 +22,7 @@ OPS: dict[str, str] = {
     "silu_and_mul": "activation",
     "rotary_embedding_": "rotary",
     "store_kv": "kv_cache",
+    "qk_norm_rope_cache": "qkv",
     "paged_attention": "attention",
     "prepare_linear_weight": "linear",
     "linear": "linear",

@@ -132,6 +132,56 @@ def check_store_kv(
     return max(error(got, expected, 1e-6) for got, expected in zip(results[1], results[0], strict=True))
 
 
+def check_qk_norm_rope_cache(
+    device: str,
+    tokens: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    norm: bool,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+) -> float:
+    """Some rows are padding. A float8 value may round to its neighbour, as a sum's order shows in the norm."""
+    reference, kernels = ops("qkv")
+    num_query, num_kv = heads
+    qkv = random(tokens, num_query + 2 * num_kv, head_dim, dtype=dtype, device=device, scale=3)
+    weights = [random(head_dim, dtype=dtype, device=device, seed=s) if norm else None for s in (1, 2)]
+    angle = torch.arange(300)[:, None] * 10000.0 ** -(torch.arange(rotary_dim // 2) / rotary_dim)
+    cos_sin = torch.cat([angle.cos(), angle.sin()], dim=-1).float().to(device)
+    positions = torch.arange(tokens, device=device) * 7 % 300
+    num_blocks = tokens // 16 + 3
+    order = torch.randperm(num_blocks * 16, generator=torch.Generator().manual_seed(0))
+    slots = order[:tokens].to(device)
+    slots[1 :: max(2, tokens // 3)] = -1
+    before = qkv.clone()
+    results = []
+    for module in (reference, kernels):
+        query = torch.empty(tokens, num_query, head_dim, dtype=dtype, device=device)
+        caches = [torch.zeros(num_blocks, 16, num_kv, head_dim, device=device).to(cache_dtype) for _ in "kv"]
+        scales = [torch.zeros(num_blocks, 16, num_kv, device=device) for _ in "kv"]
+        quantized = cache_dtype.itemsize == 1
+        module.qk_norm_rope_cache(
+            qkv,
+            query,
+            positions,
+            cos_sin,
+            *weights,
+            1e-6,
+            *caches,
+            slots,
+            *(scales if quantized else (None, None)),
+            interleaved,
+        )
+        wide = [c.float() * s.unsqueeze(-1) if quantized else c.float() for c, s in zip(caches, scales, strict=True)]
+        results.append([query.float(), *wide])
+    assert torch.equal(qkv, before)
+    limit = 0.08 if cache_dtype.itemsize == 1 else TOLERANCE[dtype]
+    limits = (TOLERANCE[dtype], limit, limit)
+    return max(error(got, expected, top) for got, expected, top in zip(results[1], results[0], limits, strict=True))
+
+
 def check_attention(
     device: str,
     query_lens: Sequence[int],
@@ -297,6 +347,12 @@ def small_cases() -> list[Case]:
         _case("store_kv", check_store_kv, 9, 2, 80, 16, FP16, FP16),
         _case("store_kv", check_store_kv, 9, 3, 128, 16, BF16, FN),
         _case("store_kv", check_store_kv, 5, 2, 64, 32, BF16, FNUZ),
+        _case("qk_norm_rope_cache", check_qk_norm_rope_cache, 1, (16, 8), 128, 128, False, True, BF16, BF16),
+        _case("qk_norm_rope_cache", check_qk_norm_rope_cache, 5, (9, 3), 64, 64, False, False, BF16, BF16),
+        _case("qk_norm_rope_cache", check_qk_norm_rope_cache, 4, (5, 1), 80, 32, False, True, FP32, FP32),
+        _case("qk_norm_rope_cache", check_qk_norm_rope_cache, 3, (4, 2), 96, 96, True, False, FP16, FP16),
+        _case("qk_norm_rope_cache", check_qk_norm_rope_cache, 6, (8, 2), 128, 128, False, True, BF16, FN),
+        _case("qk_norm_rope_cache", check_qk_norm_rope_cache, 4, (4, 4), 64, 32, True, False, FP32, FNUZ),
         # one token; block borders; many splits
         _case(attention, check_attention, [1], [1], (4, 4), 64, 16),
         _case(attention, check_attention, [1, 1, 1], [16, 17, 0], (4, 1), 80, 16, FP32),
@@ -347,6 +403,11 @@ def full_cases(fp8: torch.dtype = FN) -> list[Case]:
             cases.append(
                 _case("rotary_embedding_", check_rotary, tokens, (32, 8), head_dim, rotary_dim, interleaved, dtype)
             )
+        for heads, head_dim, norm, cache_dtype in itertools.product(
+            ((16, 8), (32, 4), (14, 2)), (64, 128, 256), (False, True), (dtype, fp8)
+        ):
+            shape = (tokens, heads, head_dim, head_dim, False, norm, dtype, cache_dtype)
+            cases.append(_case("qk_norm_rope_cache", check_qk_norm_rope_cache, *shape))
         for head_dim, block_size in ((64, 1), (80, 16), (128, 16), (256, 64)):
             for cache_dtype in (dtype, fp8):
                 cases.append(_case("store_kv", check_store_kv, tokens, 8, head_dim, block_size, dtype, cache_dtype))

@@ -1,0 +1,197 @@
+"""Norm and rotation of query and key heads and the cache write, in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from atom.kernels.triton.kv_cache import _SMALLEST_AMAX
+from atom.kernels.triton.launch import next_power_of_2
+from atom.kernels.triton.numerics import round_to
+
+_HEADS = 4  # a program's
+
+
+@triton.jit
+def _normed_and_rotated(
+    x,
+    weight,
+    entry,
+    heads,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """float32 [heads, PADDED], rounded to x's type wherever the reference rounds."""
+    dtype = x.dtype.element_ty
+    columns = tl.arange(0, PADDED)
+    rotated = columns < 2 * HALF
+    # Each column's partner in the rotation, read once more (from the first cache) instead of shuffled.
+    if INTERLEAVED:
+        is_first = columns % 2 == 0
+        partners = tl.where(rotated, columns ^ 1, columns)
+        angles = columns // 2
+    else:
+        is_first = columns < HALF
+        partners = tl.where(is_first, columns + HALF, tl.where(rotated, columns - HALF, columns))
+        angles = tl.where(is_first, columns, columns - HALF)
+    exists = columns < HEAD_DIM
+    inside = (heads < NUM_HEADS)[:, None] & exists[None, :]
+    rows = x + heads[:, None] * HEAD_DIM
+    own = tl.load(rows + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(rows + partners[None, :], mask=inside, other=0.0).to(tl.float32)
+    if weight is not None:
+        factor = tl.rsqrt(tl.sum(own * own, axis=1) / HEAD_DIM + eps)[:, None]
+        own_gain = tl.load(weight + columns, mask=exists, other=0.0).to(tl.float32)[None, :]
+        other_gain = tl.load(weight + partners, mask=exists, other=0.0).to(tl.float32)[None, :]
+        own = round_to(round_to(own * factor, dtype).to(tl.float32) * own_gain, dtype).to(tl.float32)
+        other = round_to(round_to(other * factor, dtype).to(tl.float32) * other_gain, dtype).to(tl.float32)
+    cos = round_to(tl.load(entry + angles, mask=rotated, other=1.0), dtype).to(tl.float32)
+    sin = round_to(tl.load(entry + HALF + angles, mask=rotated, other=0.0), dtype).to(tl.float32)
+    sin = tl.where(is_first, -sin, sin)
+    along = round_to(own * cos[None, :], dtype).to(tl.float32)
+    across = round_to(other * sin[None, :], dtype).to(tl.float32)
+    return round_to(along + across, dtype).to(tl.float32)
+
+
+@triton.jit
+def _store_heads(
+    x,
+    cache,
+    scales,
+    first_row,
+    heads,
+    smallest_amax,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    FLOAT8_MAX: tl.constexpr,
+):
+    """Values already read, as `kv_cache._store` stores them."""
+    columns = tl.arange(0, PADDED)
+    inside = (heads < NUM_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
+    if FLOAT8_MAX > 0:
+        amax = tl.maximum(tl.max(tl.abs(x), axis=1), smallest_amax)
+        scale = tl.div_rn(amax, tl.full(amax.shape, FLOAT8_MAX, tl.float32))
+        tl.store(scales + first_row + heads, scale, mask=heads < NUM_HEADS)
+        x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+        x = tl.minimum(tl.maximum(x, -FLOAT8_MAX), FLOAT8_MAX)
+    target = cache + (first_row + heads)[:, None] * HEAD_DIM + columns[None, :]
+    tl.store(target, round_to(x, cache.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _qk_norm_rope_cache_kernel(
+    qkv,
+    query,
+    positions,
+    cos_sin_cache,
+    q_weight,
+    k_weight,
+    k_cache,
+    v_cache,
+    k_scale,
+    v_scale,
+    slot_mapping,
+    qkv_stride,
+    query_stride,
+    cos_sin_stride,
+    eps,
+    smallest_amax,
+    QUERY_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FLOAT8_MAX: tl.constexpr,
+):
+    """Program (t, i) does HEADS heads of token t: the query's first, then the key's, then the value's."""
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    query_blocks: tl.constexpr = (QUERY_HEADS + HEADS - 1) // HEADS
+    kv_blocks: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
+    columns = tl.arange(0, PADDED)
+    x = qkv + token * qkv_stride
+    entry = cos_sin_cache + tl.load(positions + token) * cos_sin_stride
+    if block < query_blocks:
+        heads = block * HEADS + tl.arange(0, HEADS)
+        out = _normed_and_rotated(x, q_weight, entry, heads, eps, QUERY_HEADS, HEAD_DIM, PADDED, HALF, INTERLEAVED)
+        target = query + token * query_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+        inside = (heads < QUERY_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
+        tl.store(target, round_to(out, query.dtype.element_ty), mask=inside)
+        return
+    slot = tl.load(slot_mapping + token)
+    if slot < 0:
+        return
+    row = slot * KV_HEADS
+    if block < query_blocks + kv_blocks:
+        heads = (block - query_blocks) * HEADS + tl.arange(0, HEADS)
+        key = _normed_and_rotated(
+            x + QUERY_HEADS * HEAD_DIM, k_weight, entry, heads, eps, KV_HEADS, HEAD_DIM, PADDED, HALF, INTERLEAVED
+        )
+        _store_heads(key, k_cache, k_scale, row, heads, smallest_amax, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
+    else:
+        heads = (block - query_blocks - kv_blocks) * HEADS + tl.arange(0, HEADS)
+        source = x + (QUERY_HEADS + KV_HEADS + heads)[:, None] * HEAD_DIM + columns[None, :]
+        inside = (heads < KV_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
+        value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        _store_heads(value, v_cache, v_scale, row, heads, smallest_amax, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
+
+
+def qk_norm_rope_cache(
+    qkv: torch.Tensor,
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    interleaved: bool = False,
+) -> None:
+    """`atom.kernels.torch.qkv.qk_norm_rope_cache`; a token's heads, caches and scales must be contiguous."""
+    tokens, query_heads, head_dim = query.shape
+    kv_heads = k_cache.shape[2]
+    for heads in (qkv, query):
+        assert heads.stride()[1:] == (head_dim, 1)
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    assert (q_weight is None) == (k_weight is None)
+    if not tokens:
+        return
+    blocks = triton.cdiv(query_heads, _HEADS) + 2 * triton.cdiv(kv_heads, _HEADS)
+    _qk_norm_rope_cache_kernel[(tokens, blocks)](
+        qkv,
+        query,
+        positions,
+        cos_sin_cache,
+        q_weight,
+        k_weight,
+        k_cache,
+        v_cache,
+        k_scale,
+        v_scale,
+        slot_mapping,
+        qkv.stride(0),
+        query.stride(0),
+        cos_sin_cache.stride(0),
+        eps,
+        _SMALLEST_AMAX,
+        query_heads,
+        kv_heads,
+        head_dim,
+        next_power_of_2(head_dim),
+        cos_sin_cache.shape[1] // 2,
+        _HEADS,
+        interleaved,
+        0.0 if k_scale is None else torch.finfo(k_cache.dtype).max,
+        num_warps=2,
+    )
