@@ -9,6 +9,7 @@ from torch import nn
 
 from atom.config import CompilationLevel, Config
 from atom.platforms import Platform
+from atom.utils import envs
 from atom.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -41,6 +42,7 @@ def build_forward(model: nn.Module, config: Config, platform: Platform, device: 
         "dtype": str(config.torch_dtype),
         "max_model_len": config.max_model_len,
         "attention": config.attention_backend,
+        "fuses_qkv": envs.ATOM_ENABLE_QK_NORM_ROPE_CACHE_QUANT_FUSION,
         "quantization": config.quant_config.compute_hash(),
         "splitting_ops": splitting_ops,
         "sizes": sizes,

@@ -19,6 +19,7 @@ class BuildContext:
     quant_config: None or an object whose get_layer_quant_config(prefix) says how a layer is stored.
     fusable_backends: where layers take norms, activations and rotations from; None = the platform's order.
         Plain torch when a compiler will fuse them with their neighbours.
+    fuses_qkv: norm and rotation of query and key and the cache write are one op.
     """
 
     dtype: torch.dtype
@@ -26,6 +27,7 @@ class BuildContext:
     block_size: int
     max_model_len: int
     attention_backend: str = "auto"
+    fuses_qkv: bool = False
     quant_config: "QuantizationConfig | None" = None
     fusable_backends: tuple[str, ...] | None = None
     tp: TPGroup = field(default_factory=get_tp_group)

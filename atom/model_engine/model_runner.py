@@ -52,6 +52,7 @@ class ModelRunner:
             block_size=config.kv_cache_block_size,
             max_model_len=self._max_model_len,
             attention_backend=config.attention_backend,
+            fuses_qkv=envs.ATOM_ENABLE_QK_NORM_ROPE_CACHE_QUANT_FUSION,
             fusable_backends=("torch",) if self._compiles_kernels() else None,
         )
         logger.info("platform: %s", self.platform.describe())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atom.layers.attention.base import PackedRotation
 from atom.layers.attention.layer import Attention
 from atom.layers.build import BuildContext
 from atom.layers.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -70,15 +71,30 @@ class LlamaAttention(Layer):
             self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, context=context)
             self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, context=context)
         self._rope = rope
+        self._fuses_qkv = context.fuses_qkv
+        if self._fuses_qkv:
+            self.attn.rotate_with(self._rotation)
         self._heads = [num_heads, num_kv_heads, num_kv_heads]
         self._head_dim = head_dim
 
     def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv_proj(x).view(x.shape[0], -1, self._head_dim).split_with_sizes(self._heads, 1)
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self._head_dim)
+        if self._fuses_qkv:
+            return self.o_proj(self.attn.forward_packed(positions, qkv))
+        q, k, v = qkv.split_with_sizes(self._heads, 1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         self._rope(positions, q, k)
         return self.o_proj(self.attn(q, k, v))
+
+    def _rotation(self) -> PackedRotation:
+        return PackedRotation(
+            cos_sin_cache=self._rope.cos_sin_cache,
+            interleaved=self._rope.interleaved,
+            q_weight=self.q_norm.weight if self.qk_norm else None,
+            k_weight=self.k_norm.weight if self.qk_norm else None,
+            eps=self.q_norm.eps if self.qk_norm else 0.0,
+        )
 
 
 class LlamaDecoderLayer(Layer):

@@ -55,6 +55,20 @@ class KVCache:
     v_scale: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRotation:
+    """What `forward_packed` does to query and key heads before attention.
+
+    cos_sin_cache: float32 [max_position, rotary_dim]; q_weight, k_weight: [D] of RMSNorms, or both None.
+    """
+
+    cos_sin_cache: torch.Tensor
+    interleaved: bool
+    q_weight: torch.Tensor | None
+    k_weight: torch.Tensor | None
+    eps: float
+
+
 class AttentionBackend(ABC):
     """Stateless but for its spec; one instance a layer. One file a backend."""
 
@@ -82,4 +96,19 @@ class AttentionBackend(ABC):
         """Store key and value at the slots, then attend.
 
         query, output: [T, num_heads, head_dim]; key, value: [T, num_kv_heads, head_dim].
+        """
+
+    @abstractmethod
+    def forward_packed(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: PackedRotation,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Normalize and rotate query and key, store key and value, then attend.
+
+        qkv: [T, num_heads + 2 * num_kv_heads, head_dim], not changed; positions: int64 [T].
         """

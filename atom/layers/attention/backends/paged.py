@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 
 from atom.kernels import get_op
-from atom.layers.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec, KVCache
+from atom.layers.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec, KVCache, PackedRotation
 
 
 class PagedAttentionBackend(AttentionBackend):
@@ -15,6 +15,7 @@ class PagedAttentionBackend(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
+        self._prepare = get_op("qk_norm_rope_cache", self.kernel_backends)
         self._store_kv = get_op("store_kv", self.kernel_backends)
         self._attend = get_op("paged_attention", self.kernel_backends)
 
@@ -28,6 +29,38 @@ class PagedAttentionBackend(AttentionBackend):
         output: torch.Tensor,
     ) -> None:
         self._store_kv(key, value, cache.k, cache.v, metadata.slot_mapping, cache.k_scale, cache.v_scale)
+        self._attend_cache(query, cache, metadata, output)
+
+    def forward_packed(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: PackedRotation,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        query = torch.empty_like(output)
+        self._prepare(
+            qkv,
+            query,
+            positions,
+            rotation.cos_sin_cache,
+            rotation.q_weight,
+            rotation.k_weight,
+            rotation.eps,
+            cache.k,
+            cache.v,
+            metadata.slot_mapping,
+            cache.k_scale,
+            cache.v_scale,
+            rotation.interleaved,
+        )
+        self._attend_cache(query, cache, metadata, output)
+
+    def _attend_cache(
+        self, query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, output: torch.Tensor
+    ) -> None:
         self._attend(
             query,
             cache.k,
