@@ -29,6 +29,7 @@ from atom.entrypoints.openai.serving_completion import CompletionService
 from atom.entrypoints.openai.serving_models import ModelList
 from atom.entrypoints.openai.settings import ServerSettings
 from atom.entrypoints.openai.streaming import EventStream
+from atom.entrypoints.openai.ui import mount_ui
 from atom.model_engine.async_llm_engine import AsyncLLMEngine
 from atom.utils.logging import get_logger
 
@@ -86,20 +87,10 @@ def create_app(engine: AsyncLLMEngine, settings: ServerSettings, metrics: Metric
     app.state.chat = chat
     app.include_router(_openai_routes(context, chat))
     app.include_router(_engine_routes(context))
-    _mount_extensions(app)
-    return app
-
-
-def _mount_extensions(app: Application) -> None:
-    """Further protocols, and the page at / where it is there."""
-    import importlib
-    import importlib.util
-
     serving_responses.mount(app)
     serving_messages.mount(app)
-    module = "atom.entrypoints.openai.ui"
-    if importlib.util.find_spec(module) is not None:
-        importlib.import_module(module).mount_ui(app)
+    mount_ui(app)
+    return app
 
 
 def _openai_routes(context: ServingContext, chat: ChatService) -> APIRouter:

@@ -36,17 +36,8 @@ class ChatDelta:
 
 
 @dataclass(slots=True)
-class ChatAnswer:
-    """One of the n answers, whole."""
-
-    index: int
-    content: str = ""
-    reasoning_content: str = ""
-    tool_calls: list[ToolCallDelta] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] | None = None
+class ChatAnswer(ChatDelta):
+    """One of the n answers, whole: the sum of its deltas."""
 
     def add(self, delta: ChatDelta) -> None:
         self.content += delta.content

@@ -7,13 +7,12 @@ import msgspec
 
 from atom.entrypoints.openai.blocks import Block, Blocks, Change
 from atom.entrypoints.openai.deltas import ChatAnswer, ChatDelta
-
-_encode = msgspec.json.Encoder().encode
+from atom.entrypoints.openai.streaming import named_event
 
 
 def sse(kind: str, data: dict[str, Any]) -> bytes:
     """One event of Anthropic's streams."""
-    return b"event: " + kind.encode() + b"\ndata: " + _encode({"type": kind} | data) + b"\n\n"
+    return named_event(kind, {"type": kind} | data)
 
 
 def content_of(answer: ChatAnswer, with_thinking: bool) -> list[dict[str, Any]]:

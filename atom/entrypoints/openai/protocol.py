@@ -159,6 +159,11 @@ class ChatCompletionRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool = True
 
+    @property
+    def usable_tools(self) -> list[Tool] | None:
+        """What the model is told of, and may call."""
+        return None if self.tool_choice == "none" else self.tools
+
 
 class TokenizeRequest(ApiModel):
     model: str | None = None

@@ -4,12 +4,10 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import msgspec
-
 from atom.entrypoints.openai.blocks import Block, Blocks, Change
 from atom.entrypoints.openai.deltas import ChatAnswer, ChatDelta
+from atom.entrypoints.openai.streaming import named_event
 
-_encode = msgspec.json.Encoder().encode
 _PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}
 
 
@@ -106,7 +104,7 @@ class ResponseEvents:
     def _event(self, kind: str, data: dict[str, Any]) -> bytes:
         body = {"type": kind, "sequence_number": self._number} | data
         self._number += 1
-        return b"event: " + kind.encode() + b"\ndata: " + _encode(body) + b"\n\n"
+        return named_event(kind, body)
 
 
 def _part(block: Block, text: str) -> dict[str, Any]:

@@ -72,8 +72,7 @@ class ChatService:
             "max_tokens": UNLIMITED_TOKENS if most is None else most,
             "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
         }
-        uses_tools = bool(request.tools) and request.tool_choice != "none"
-        if any(f is not None and f.needs_special_tokens for f in self._factories(uses_tools)):
+        if any(factory.needs_special_tokens for factory in self._factories(request)):
             fixed["skip_special_tokens"] = False
         kwargs = dict(request.chat_template_kwargs or {})
         if request.reasoning_effort is not None:
@@ -81,7 +80,7 @@ class ChatService:
         context.check_queue()  # before spending time on the template
         prompt = await self.template.prompt(
             request.messages,
-            request.tools if uses_tools else None,
+            request.usable_tools,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             add_special_tokens=request.add_special_tokens,
@@ -145,34 +144,31 @@ class ChatService:
         if isinstance(choice, NamedToolChoice) and choice.function.name not in [t.function.name for t in request.tools]:
             raise RequestError(f"tool_choice: {choice.function.name!r:.100} is not one of the tools", "tool_choice")
 
-    def _factories(self, uses_tools: bool) -> list[ParserFactory]:
+    def _factories(self, request: ChatCompletionRequest) -> list[ParserFactory]:
         """Of the parsers that will read an answer, but for those of calls that are demanded."""
-        return [f for f in (self._make_reasoning_parser, self._make_tool_parser if uses_tools else None) if f]
+        tools = self._make_tool_parser if request.usable_tools else None
+        return [factory for factory in (self._make_reasoning_parser, tools) if factory is not None]
 
     async def _structure(self, request: ChatCompletionRequest, prompt_text: str) -> dict[str, Any] | None:
         """What the answer is held to, once its reasoning is over."""
-        engine = self.context.engine
-        structure = await structured_output_of(engine, request)
-        field = "response_format"
+        structure, field = structured_output_of(request)
         schema = schema_for(request)  # a demanded call goes before the form of other answers
         if schema is not None:
+            await checked(self.context.engine, structure, field)  # overruled, but wrong all the same
             structure, field = {"json": schema}, "tools"
-        if structure is None:
-            return None
-        if self._make_reasoning_parser is not None:
+        if structure is not None and self._make_reasoning_parser is not None:
             reasoning = self._make_reasoning_parser(request, prompt_text)
             if reasoning.thinks is not False:
                 structure = structure | {"after": reasoning.closing}
                 if reasoning.thinks is None:
                     structure["opening"] = reasoning.opening
-        return await checked(engine, structure, field)
+        return await checked(self.context.engine, structure, field)
 
     def _parser(self, chat: PreparedChat) -> "_AnswerParser":
         """Of an answer. Without a tool parser the model sees the tools, but calls it makes unasked stay text."""
         request, text = chat.request, chat.prompt_text
-        uses_tools = bool(request.tools) and request.tool_choice != "none"
         tools = forced_tool_parser(request)
-        if tools is None and uses_tools and self._make_tool_parser is not None:
+        if tools is None and request.usable_tools and self._make_tool_parser is not None:
             tools = self._make_tool_parser(request, text)
         return _AnswerParser(
             self._make_reasoning_parser(request, text) if self._make_reasoning_parser else None,

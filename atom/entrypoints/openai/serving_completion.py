@@ -11,7 +11,7 @@ from atom.entrypoints.openai.context import ServingContext, answer_id, check_pri
 from atom.entrypoints.openai.errors import ApiError
 from atom.entrypoints.openai.protocol import UNLIMITED_TOKENS, CompletionRequest
 from atom.entrypoints.openai.streaming import DONE, event
-from atom.entrypoints.openai.structured import structured_output_of
+from atom.entrypoints.openai.structured import checked, structured_output_of
 from atom.model_engine.async_llm_engine import RequestStream, Signal
 from atom.model_engine.input_processor import Prompt
 from atom.model_engine.output_processor import OutputKind
@@ -63,7 +63,7 @@ class CompletionService:
             fixed["max_tokens"] = 1
         else:
             fixed["max_tokens"] = UNLIMITED_TOKENS if request.max_tokens is None else request.max_tokens
-        fixed["structured_output"] = await structured_output_of(context.engine, request)
+        fixed["structured_output"] = await checked(context.engine, *structured_output_of(request))
         params = request.make_sampling_params(**fixed)
         prepared = Prepared(
             request=request,

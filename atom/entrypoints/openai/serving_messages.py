@@ -61,7 +61,7 @@ class MessagesService:
             chat = request.chat()
             prompt = await self._chats.template.prompt(
                 chat.messages,
-                None if chat.tool_choice == "none" else chat.tools,
+                chat.usable_tools,
                 add_generation_prompt=chat.add_generation_prompt,
                 continue_final_message=chat.continue_final_message,
                 template_kwargs=chat.chat_template_kwargs,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from atom.entrypoints.commands.common import add_flag
 from atom.entrypoints.openai.parsers import REASONING_PARSERS, TOOL_PARSERS
+from atom.entrypoints.openai.parsers.registry import require_known
 from atom.utils.errors import ConfigError
 
 
@@ -46,9 +47,8 @@ class ServerSettings:
             if not getattr(self, name) >= low:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {low}")
         for flag, known in (("reasoning_parser", REASONING_PARSERS), ("tool_call_parser", TOOL_PARSERS)):
-            name = getattr(self, flag)
-            if name is not None and name not in known:
-                raise ConfigError(f"{flag}={name!r} is unknown; it must be one of {', '.join(sorted(known))}")
+            if getattr(self, flag) is not None:
+                require_known(flag, known, getattr(self, flag))
         if self.chat_template is not None:
             self.chat_template = _read_template(self.chat_template)
         if self.request_timeout is not None and not self.request_timeout > 0:

@@ -24,6 +24,11 @@ def event(data: Any) -> bytes:
     return b"data: " + _encode(data) + b"\n\n"
 
 
+def named_event(name: str, data: Any) -> bytes:
+    """One event of streams whose events have names."""
+    return b"event: " + name.encode() + b"\n" + event(data)
+
+
 class OpenStreams:
     """The responses being sent; a look every few seconds finds those whose client doesn't read."""
 
@@ -57,7 +62,6 @@ class EventStream(Response):
         events: AsyncGenerator[bytes, None],
         streams: OpenStreams,
         close: Callable[[], None],
-        error_event: Callable[[dict[str, Any]], bytes] = event,
     ) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -66,7 +70,6 @@ class EventStream(Response):
         self._events = events
         self._streams = streams
         self._close = close
-        self._error_event = error_event
         self.waiting_since = 0.0  # when the sending that still waits began
         self.abort: Callable[[], None] = lambda: None
 
@@ -95,7 +98,7 @@ class EventStream(Response):
             async for data in self._events:
                 yield data
         except Exception as error:
-            yield self._error_event(as_api_error(error).body())
+            yield event(as_api_error(error).body())
 
 
 class ClientLeftError(Exception):

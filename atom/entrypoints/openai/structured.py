@@ -10,10 +10,11 @@ from atom.utils.errors import RequestError
 _GUIDES = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
 
 
-async def structured_output_of(engine: AsyncLLMEngine, request: SamplingFields) -> dict[str, Any] | None:
-    """{"json": schema}, {"regex": text}, {"grammar": text}, {"choice": texts} or {"json_object": True}; or None.
+def structured_output_of(request: SamplingFields) -> tuple[dict[str, Any] | None, str]:
+    """What is asked for, and by which field.
 
-    Raises RequestError, which names the request's field, for several at once or one that can't be used.
+    {"json": schema}, {"regex": text}, {"grammar": text}, {"choice": texts}, {"json_object": True}, or None.
+    Raises RequestError for several at once.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in _GUIDES:
@@ -32,12 +33,14 @@ async def structured_output_of(engine: AsyncLLMEngine, request: SamplingFields) 
     if len(found) > 1:
         raise RequestError(f"{' and '.join(found)} contradict each other; give one of them", next(iter(found)))
     for name, structure in found.items():
-        return await checked(engine, structure, name)
-    return None
+        return structure, name
+    return None, "response_format"
 
 
-async def checked(engine: AsyncLLMEngine, structure: dict[str, Any], field: str) -> dict[str, Any]:
+async def checked(engine: AsyncLLMEngine, structure: dict[str, Any] | None, field: str) -> dict[str, Any] | None:
     """The structure, if answers can be held to it; its grammar is made off the event loop. RequestError for `field`."""
+    if structure is None:
+        return None
     try:
         params = SamplingParams(structured_output=structure)
         await engine.in_thread(lambda processor: processor.grammar_of(params))

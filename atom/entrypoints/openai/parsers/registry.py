@@ -22,10 +22,15 @@ class ParserFactory:
         return self.parser(request, prompt_text)
 
 
-def find_parser(flag: str, table: dict[str, str], name: str, tokenizer: Any) -> ParserFactory:
-    """The factory that `table` ("module:class" by name) has for the flag's value. ConfigError for an unknown name."""
+def require_known(flag: str, table: dict[str, str], name: str) -> None:
+    """ConfigError, naming those there are, for a name that isn't in the table."""
     if name not in table:
         raise ConfigError(f"{flag} {name!r:.100} is unknown; it must be one of {', '.join(sorted(table))}")
+
+
+def find_parser(flag: str, table: dict[str, str], name: str, tokenizer: Any) -> ParserFactory:
+    """The factory that `table` ("module:class" by name) has for the flag's value. ConfigError for an unknown name."""
+    require_known(flag, table, name)
     module, _, attribute = table[name].partition(":")
     parser = getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
     return ParserFactory(parser, bool(_special_texts(tokenizer) & set(parser.markers)))
