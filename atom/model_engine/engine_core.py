@@ -59,19 +59,16 @@ class EngineCore:
 
     def step(self) -> list[EngineOutput]:
         """The outputs of the oldest step under way, after starting as many as may overlap with it."""
-        failed = self._admit_prepared() if self._unprepared else []
-        return failed + self._step() if failed else self._step()
-
-    def _step(self) -> list[EngineOutput]:
+        failed = self._admit_prepared()
         while len(self._in_flight) < self.executor.max_in_flight:
             batch = self.scheduler.schedule()
             if batch is None:
                 break
             self._in_flight.append((batch, self.executor.submit(batch)))
         if not self._in_flight:
-            return []
+            return failed
         batch, result = self._in_flight.popleft()
-        return self.scheduler.update(batch, result())
+        return failed + self.scheduler.update(batch, result())
 
     def _admit_prepared(self) -> list[EngineOutput]:
         """Hand requests whose grammar is there to the scheduler; those whose grammar failed are returned."""
@@ -83,15 +80,7 @@ class EngineCore:
             if grammar.check():
                 self.scheduler.add(request, grammar)
             else:
-                failed.append(
-                    EngineOutput(
-                        request_id=request_id,
-                        new_token_ids=[],
-                        finish_reason="error",
-                        error=grammar.error,
-                        error_param="structured_output",
-                    )
-                )
+                failed.append(grammar.failure(request_id))
         return failed
 
     def is_stepping(self) -> bool:

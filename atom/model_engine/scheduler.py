@@ -251,13 +251,7 @@ class Scheduler:
         taken, reason, stop_reason = self._append(seq, sampled)
         if seq.grammar is not None and seq.grammar.error is not None:
             self._finish(seq)
-            return EngineOutput(
-                request_id=seq.request_id,
-                new_token_ids=[],
-                finish_reason="error",
-                error=seq.grammar.error,
-                error_param="structured_output",
-            )
+            return seq.grammar.failure(seq.request_id)
         if reason is not None:
             self.blocks.register_computed(seq)
             self._finish(seq)

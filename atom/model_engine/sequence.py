@@ -72,10 +72,6 @@ class Sequence:
         return len(self.token_ids) + self.num_pending_tokens
 
     @property
-    def num_output_tokens(self) -> int:
-        return self.num_tokens - self.num_prompt_tokens
-
-    @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 

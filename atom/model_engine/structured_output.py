@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from atom.model_engine.protocol import EngineOutput
 from atom.sampling_params import STRUCTURES
 from atom.utils.errors import RequestError
 
@@ -148,6 +149,16 @@ class Grammar:
         elif self._made.result().is_error():
             self.error = f"structured_output is too complex: {_first_line(self._made.result().get_error())}"
         return self.error is None
+
+    def failure(self, request_id: str) -> EngineOutput:
+        """What ends a request whose grammar has an `error`."""
+        return EngineOutput(
+            request_id=request_id,
+            new_token_ids=[],
+            finish_reason="error",
+            error=self.error,
+            error_param="structured_output",
+        )
 
     def mask(self, ignore_ends: bool) -> bytes:
         """Bit i of the little-endian bytes tells whether token i may come next.

@@ -49,8 +49,3 @@ def _paged_attention(
     query, k_cache, v_cache, query_start, seq_lens, block_table, output, scale, window, k_scale, v_scale
 ):
     return None
-
-
-@register_fake("atom_cpu::argmax")
-def _argmax(x):
-    return x.new_empty((x.shape[0],), dtype=torch.int64)

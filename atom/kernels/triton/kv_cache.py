@@ -8,7 +8,33 @@ from atom.kernels.triton.launch import next_power_of_2
 from atom.kernels.triton.numerics import round_to
 
 _HEADS = 8  # a program's
-_SMALLEST_AMAX = 1e-10
+SMALLEST_AMAX = 1e-10
+
+
+@triton.jit
+def store_heads(
+    x,
+    cache,
+    scales,
+    first_row,
+    heads,
+    smallest_amax,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    FLOAT8_MAX: tl.constexpr,
+):
+    """x: float32 [heads, PADDED], scaled by head where the cache is float8 (FLOAT8_MAX above 0)."""
+    columns = tl.arange(0, PADDED)
+    inside = (heads < NUM_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
+    if FLOAT8_MAX > 0:
+        amax = tl.maximum(tl.max(tl.abs(x), axis=1), smallest_amax)
+        scale = tl.div_rn(amax, tl.full(amax.shape, FLOAT8_MAX, tl.float32))
+        tl.store(scales + first_row + heads, scale, mask=heads < NUM_HEADS)
+        x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+        x = tl.minimum(tl.maximum(x, -FLOAT8_MAX), FLOAT8_MAX)
+    target = cache + (first_row + heads)[:, None] * HEAD_DIM + columns[None, :]
+    tl.store(target, round_to(x, cache.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -28,14 +54,7 @@ def _store(
     columns = tl.arange(0, PADDED)
     inside = (heads < NUM_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
     x = tl.load(source + heads[:, None] * stride_head + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    if FLOAT8_MAX > 0:
-        amax = tl.maximum(tl.max(tl.abs(x), axis=1), smallest_amax)
-        scale = tl.div_rn(amax, tl.full(amax.shape, FLOAT8_MAX, tl.float32))
-        tl.store(scales + first_row + heads, scale, mask=heads < NUM_HEADS)
-        x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-        x = tl.minimum(tl.maximum(x, -FLOAT8_MAX), FLOAT8_MAX)
-    target = cache + (first_row + heads)[:, None] * HEAD_DIM + columns[None, :]
-    tl.store(target, round_to(x, cache.dtype.element_ty), mask=inside)
+    store_heads(x, cache, scales, first_row, heads, smallest_amax, NUM_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
 
 
 @triton.jit
@@ -127,7 +146,7 @@ def store_kv(
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        _SMALLEST_AMAX,
+        SMALLEST_AMAX,
         num_heads,
         head_dim,
         next_power_of_2(head_dim),

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from atom.kernels.triton.kv_cache import _SMALLEST_AMAX
+from atom.kernels.triton.kv_cache import SMALLEST_AMAX, store_heads
 from atom.kernels.triton.launch import next_power_of_2
 from atom.kernels.triton.numerics import round_to
 
@@ -54,32 +54,6 @@ def _normed_and_rotated(
     along = round_to(own * cos[None, :], dtype).to(tl.float32)
     across = round_to(other * sin[None, :], dtype).to(tl.float32)
     return round_to(along + across, dtype).to(tl.float32)
-
-
-@triton.jit
-def _store_heads(
-    x,
-    cache,
-    scales,
-    first_row,
-    heads,
-    smallest_amax,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    FLOAT8_MAX: tl.constexpr,
-):
-    """Values already read, as `kv_cache._store` stores them."""
-    columns = tl.arange(0, PADDED)
-    inside = (heads < NUM_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
-    if FLOAT8_MAX > 0:
-        amax = tl.maximum(tl.max(tl.abs(x), axis=1), smallest_amax)
-        scale = tl.div_rn(amax, tl.full(amax.shape, FLOAT8_MAX, tl.float32))
-        tl.store(scales + first_row + heads, scale, mask=heads < NUM_HEADS)
-        x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-        x = tl.minimum(tl.maximum(x, -FLOAT8_MAX), FLOAT8_MAX)
-    target = cache + (first_row + heads)[:, None] * HEAD_DIM + columns[None, :]
-    tl.store(target, round_to(x, cache.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -133,13 +107,13 @@ def _qk_norm_rope_cache_kernel(
         key = _normed_and_rotated(
             x + QUERY_HEADS * HEAD_DIM, k_weight, entry, heads, eps, KV_HEADS, HEAD_DIM, PADDED, HALF, INTERLEAVED
         )
-        _store_heads(key, k_cache, k_scale, row, heads, smallest_amax, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
+        store_heads(key, k_cache, k_scale, row, heads, smallest_amax, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
     else:
         heads = (block - query_blocks - kv_blocks) * HEADS + tl.arange(0, HEADS)
         source = x + (QUERY_HEADS + KV_HEADS + heads)[:, None] * HEAD_DIM + columns[None, :]
         inside = (heads < KV_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
         value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        _store_heads(value, v_cache, v_scale, row, heads, smallest_amax, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
+        store_heads(value, v_cache, v_scale, row, heads, smallest_amax, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
 
 
 def qk_norm_rope_cache(
@@ -184,7 +158,7 @@ def qk_norm_rope_cache(
         query.stride(0),
         cos_sin_cache.stride(0),
         eps,
-        _SMALLEST_AMAX,
+        SMALLEST_AMAX,
         query_heads,
         kv_heads,
         head_dim,

@@ -1,6 +1,6 @@
-// The only file that knows torch. Every op is bound twice: as torch.ops.atom_cpu.* (for torch.compile), and as a
-// plain C function of this extension module, which costs a third of the dispatcher's time. A call that the kernels
-// don't support returns NotImplemented there, and raises in torch.ops.
+// The only file that knows torch. Every op of a model is bound twice: as torch.ops.atom_cpu.* (for torch.compile), and
+// as a plain C function of this extension module, which costs a third of the dispatcher's time. A call that the kernels
+// don't support returns NotImplemented there, and raises in torch.ops. Sampling is never compiled: it is bound once.
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -319,11 +319,6 @@ void op_paged_attention(const Tensor& query, const Tensor& k_cache, const Tensor
   SUPPORTED(paged_attention(query, k_cache, v_cache, query_start, seq_lens, block_table, output, scale, window,
                             pointer(k_scale), pointer(v_scale)));
 }
-Tensor op_argmax(const Tensor& x) {
-  Tensor out;
-  SUPPORTED(argmax(x, out));
-  return out;
-}
 
 // ---- plain C functions ----
 
@@ -463,7 +458,6 @@ TORCH_LIBRARY(atom_cpu, m) {
         "Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()");
   m.def("paged_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor query_start, Tensor seq_lens, "
         "Tensor block_table, Tensor(a!) output, float scale, int window, Tensor? k_scale, Tensor? v_scale) -> ()");
-  m.def("argmax(Tensor x) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(atom_cpu, CPU, m) {
   m.impl("linear", op_linear);
@@ -474,7 +468,6 @@ TORCH_LIBRARY_IMPL(atom_cpu, CPU, m) {
   m.impl("rotary", op_rotary);
   m.impl("store_kv", op_store_kv);
   m.impl("paged_attention", op_paged_attention);
-  m.impl("argmax", op_argmax);
 }
 
 PyMODINIT_FUNC PyInit_atom_cpu() { return PyModule_Create(&module); }

@@ -86,22 +86,16 @@ class Pool {
 
   void live(int thread) {
     uint64_t seen = 0;
-    const auto news = [&] {
-      const uint64_t gate = gate_.load(std::memory_order_acquire);
-      return (gate & kOpen) && gate >> kRoundShift != seen;
-    };
+    const auto joinable = [&](uint64_t gate) { return (gate & kOpen) && gate >> kRoundShift != seen; };
     for (;;) {
-      if (!spin(news, kAlert)) {
+      if (!spin([&] { return joinable(gate_.load(std::memory_order_acquire)); }, kAlert)) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, [&] {
-          const uint64_t gate = gate_.load(std::memory_order_seq_cst);
-          return (gate & kOpen) && gate >> kRoundShift != seen;
-        });
+        wake_.wait(lock, [&] { return joinable(gate_.load(std::memory_order_seq_cst)); });
         sleeping_.fetch_sub(1, std::memory_order_relaxed);
       }
       uint64_t gate = gate_.load(std::memory_order_acquire);
-      while ((gate & kOpen) && gate >> kRoundShift != seen) {
+      while (joinable(gate)) {
         if (!gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) continue;
         seen = gate >> kRoundShift;
         if (thread < threads_) work_(context_, thread);
