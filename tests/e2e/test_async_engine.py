@@ -21,11 +21,14 @@ def checkpoint(tmp_path_factory):
     return str(make_checkpoint("llama", tmp_path_factory.mktemp("model")))
 
 
-async def collect(engine, i, max_tokens):
+async def collect(engine, i, max_tokens, begun=None):
+    """The tokens; sets the event `begun` at the first."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     tokens = []
     async for output in engine.generate(PROMPTS[i], params, f"r{i}"):
         tokens += output.outputs[0].token_ids
+        if begun is not None:
+            begun.set()
     return tokens
 
 
@@ -47,8 +50,9 @@ def test_a_killed_core_fails_its_requests_within_two_seconds(checkpoint):
     async def run():
         engine = await AsyncLLMEngine.create(config_from_kwargs(checkpoint, asyncio_mode=True, **SETTINGS))
         try:
-            requests = [asyncio.create_task(collect(engine, i, 240)) for i in range(len(PROMPTS))]
-            await asyncio.sleep(0.1)
+            begun = asyncio.Event()
+            requests = [asyncio.create_task(collect(engine, i, 240, begun)) for i in range(len(PROMPTS))]
+            await begun.wait()
             os.kill(engine.core_pid, signal.SIGKILL)
             killed = time.monotonic()
             results = await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), 10)

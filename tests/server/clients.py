@@ -11,8 +11,13 @@ def make_client(url: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None))
 
 
-async def stream_completion(client: httpx.AsyncClient, prompt: list[int], max_tokens: int, **fields: Any) -> list[Any]:
-    """The events of a greedy completion that ignores end tokens; the last is "[DONE]" or an error."""
+async def stream_completion(
+    client: httpx.AsyncClient, prompt: list[int], max_tokens: int, begun: asyncio.Event | None = None, **fields: Any
+) -> list[Any]:
+    """The events of a greedy completion that ignores end tokens; the last is "[DONE]" or an error.
+
+    begun: set with the first.
+    """
     body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0, "stream": True} | fields
     events = []
     async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -21,6 +26,8 @@ async def stream_completion(client: httpx.AsyncClient, prompt: list[int], max_to
             if line.startswith("data: "):
                 data = line.removeprefix("data: ")
                 events.append(data if data == "[DONE]" else json.loads(data))
+                if begun is not None:
+                    begun.set()
     return events
 
 

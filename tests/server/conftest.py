@@ -1,4 +1,9 @@
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))  # tiny_models
 from live import LiveServer, live_server
 
 

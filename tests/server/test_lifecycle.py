@@ -7,15 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 from clients import eventually, gauge, make_client, stream_completion, token_ids
 from live import live_server
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from tiny_models import make_checkpoint
 
 FLAGS = ("--max-num-seqs", "16", "--max-model-len", "256", "--load_dummy")
@@ -52,13 +49,10 @@ def prompt(i: int) -> list[int]:
 
 async def first_token_of(client, **fields):
     """A long stream, under way."""
-    task = asyncio.create_task(stream_completion(client, prompt(0), 200, **fields))
-    await eventually(lambda: _is_running(client))
+    begun = asyncio.Event()
+    task = asyncio.create_task(stream_completion(client, prompt(0), 200, begun, **fields))
+    await begun.wait()
     return task
-
-
-async def _is_running(client):
-    return await gauge(client, "num_requests_running") > 0
 
 
 def test_sigterm_lets_open_streams_end(serve):
@@ -118,8 +112,9 @@ def test_a_killed_core_fails_its_requests_and_comes_back(serve):
     async def run(server):
         async with make_client(server.url) as client:
             expected = token_ids(await stream_completion(client, prompt(1), 20, return_token_ids=True))
-            tasks = [asyncio.create_task(stream_completion(client, prompt(i), 240)) for i in range(8)]
-            await eventually(lambda: _is_running(client))
+            begun = asyncio.Event()
+            tasks = [asyncio.create_task(stream_completion(client, prompt(i), 240, begun)) for i in range(8)]
+            await begun.wait()
             core_of(server).send_signal(signal.SIGKILL)
             killed = time.monotonic()
             ends = [events[-1] for events in await asyncio.gather(*tasks)]

@@ -3,17 +3,14 @@
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import httpx
 import pytest
 from live import live_server
+from tiny_models import make_checkpoint
 
 from atom.entrypoints.openai.settings import ServerSettings
 from atom.utils.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-from tiny_models import make_checkpoint
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
