@@ -81,6 +81,19 @@ def check_linear_silu_and_mul(device: str, tokens: int, size: int, intermediate:
     return error(kernels.linear_silu_and_mul(x, kernels.prepare_silu_linear_weight(weight), intermediate), expected)
 
 
+def check_linear(
+    device: str, tokens: int, size: int, out_features: int, dtype: torch.dtype, bias: bool, out_float32: bool
+) -> float:
+    reference, kernels = ops("linear")
+    x = random(tokens, size, dtype=dtype, device=device)
+    weight = random(out_features, size, dtype=dtype, device=device, scale=size**-0.5)
+    added = random(out_features, dtype=dtype, device=device, seed=3) if bias else None
+    got, expected = (
+        m.linear(x, m.prepare_linear_weight(weight), added, out_features, out_float32) for m in (kernels, reference)
+    )
+    return error(got, expected, TOLERANCE[dtype])
+
+
 def check_rotary(
     device: str,
     tokens: int,
@@ -338,6 +351,12 @@ def small_cases() -> list[Case]:
         _case("add_rms_norm", check_add_rms_norm, (5, 1000), FP32),
         _case("silu_and_mul", check_silu_and_mul, (1, 64), BF16),
         _case("silu_and_mul", check_silu_and_mul, (3, 1500), FP32),
+        _case("linear", check_linear, 1, 64, 100, BF16, True, False),
+        _case("linear", check_linear, 1, 1000, 33, FP32, False, True),
+        _case("linear", check_linear, 1, 300, 40, FP16, False, False),
+        _case("linear", check_linear, 2, 64, 40, BF16, True, True),
+        _case("linear_silu_and_mul", check_linear_silu_and_mul, 1, 64, 100, BF16),
+        _case("linear_silu_and_mul", check_linear_silu_and_mul, 1, 320, 48, FP32),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 3, 64, 100, BF16),
         _case("rotary_embedding_", check_rotary, 1, (4, 2), 64, 64, False, BF16),
         _case("rotary_embedding_", check_rotary, 5, (9, 3), 80, 32, False, FP32),
@@ -361,6 +380,9 @@ def small_cases() -> list[Case]:
         _case(attention, check_attention, [1], [150], (2, 2), 256, 1, FP32),
         _case(attention, check_attention, [1, 1], [200, 40], (3, 3), 96, 16, window=50),
         _case(attention, check_attention, [1], [130], (4, 2), 128, 32, BF16, FN),
+        _case(attention, check_attention, [1, 1, 1], [300, 0, 70], (3, 1), 64, 16, FP32, FN),
+        _case(attention, check_attention, [1, 1], [90, 17], (8, 2), 80, 16, FP16, FN, window=50),
+        _case(attention, check_attention, [1], [100], (7, 1), 128, 16, BF16, FN),
         # whole prompts, chunks, both with decodes
         _case(attention, check_attention, [64], [64], (2, 2), 64, 16, FP32),
         _case(attention, check_attention, [2, 3, 19], [2, 70, 19], (6, 2), 64, 16, FP32, padding=3),

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from atom.kernels.triton.launch import decode_tile, next_power_of_2, num_multiprocessors, prefill_tile
+from atom.kernels.triton.decode_rows import MOST_HEADS, decode_rows_kernel, first_key, split_length
+from atom.kernels.triton.launch import decode_rows_tile, decode_tile, next_power_of_2, num_multiprocessors, prefill_tile
 from atom.kernels.triton.numerics import dot, round_to
 
 _LOG2_E = math.log2(math.e)
@@ -101,22 +102,6 @@ def _attend_tile(
     return new_top, total, acc
 
 
-@triton.jit
-def _split_length(num_keys, num_splits, KEYS: tl.constexpr, LEAST: tl.constexpr):
-    """Keys of one split, a multiple of KEYS: a request is cut into equal parts whatever its length, not too short."""
-    return tl.cdiv(tl.maximum(tl.cdiv(num_keys, num_splits), LEAST), KEYS) * KEYS
-
-
-@triton.jit
-def _first_key(seq_len, WINDOW: tl.constexpr):
-    """The first position that the last token sees."""
-    if WINDOW > 0:
-        first = tl.maximum(seq_len - WINDOW, 0)
-    else:
-        first = seq_len * 0
-    return first
-
-
 @triton.jit(do_not_specialize=["table_stride", "num_splits"])
 def _decode_kernel(
     query,
@@ -162,9 +147,9 @@ def _decode_kernel(
     request = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     seq_len = tl.load(seq_lens + request)
-    first = _first_key(seq_len, WINDOW)
+    first = first_key(seq_len, WINDOW)
     if SPLIT:
-        length = _split_length(seq_len - first, num_splits, KEYS, LEAST)
+        length = split_length(seq_len - first, num_splits, KEYS, LEAST)
         begin = first + split * length
         end = tl.minimum(begin + length, seq_len)
         if begin >= end:
@@ -243,8 +228,8 @@ def _merge_kernel(
     head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens + request)
-    num_keys = seq_len - _first_key(seq_len, WINDOW)
-    used = tl.cdiv(num_keys, _split_length(num_keys, num_splits, KEYS, LEAST))
+    num_keys = seq_len - first_key(seq_len, WINDOW)
+    used = tl.cdiv(num_keys, split_length(num_keys, num_splits, KEYS, LEAST))
     columns = tl.arange(0, PADDED)
     row = (request * tl.num_programs(0) + head) * num_splits
     top = float("-inf")
@@ -453,14 +438,15 @@ def paged_attention(
     scale *= _LOG2_E
     table_stride = block_table.stride(0)
     if num_decodes:
-        tile = decode_tile(padded, itemsize)
+        by_rows = scaled and group <= MOST_HEADS
+        tile = decode_rows_tile(group) if by_rows else decode_tile(padded, itemsize)
         num_keys = min(max_seq_len, sliding_window) if sliding_window else max_seq_len
         splits = num_splits(num_decodes * num_kv_heads, num_keys, num_multiprocessors(query.device))
         parts = parts_log = None
         if splits > 1:
             parts = torch.empty((num_decodes, num_heads, splits, head_dim), dtype=torch.float32, device=query.device)
             parts_log = torch.empty((num_decodes, num_heads, splits), dtype=torch.float32, device=query.device)
-        _decode_kernel[(num_kv_heads, num_decodes, splits)](
+        operands = (
             query,
             k_cache,
             v_cache,
@@ -475,19 +461,37 @@ def paged_attention(
             table_stride,
             splits,
             *strides,
-            group,
-            max(tile.rows, next_power_of_2(group)),
-            tile.columns,
-            _LEAST_KEYS,
-            block_size,
-            head_dim,
-            padded,
-            sliding_window,
-            scaled,
-            splits > 1,
-            tile.num_stages,
-            num_warps=tile.num_warps,
         )
+        if by_rows:
+            decode_rows_kernel[(num_kv_heads, num_decodes, splits)](
+                *operands,
+                group,
+                tile.columns,
+                _LEAST_KEYS,
+                block_size,
+                head_dim,
+                padded,
+                sliding_window,
+                splits > 1,
+                tile.num_stages,
+                num_warps=tile.num_warps,
+            )
+        else:
+            _decode_kernel[(num_kv_heads, num_decodes, splits)](
+                *operands,
+                group,
+                max(tile.rows, next_power_of_2(group)),
+                tile.columns,
+                _LEAST_KEYS,
+                block_size,
+                head_dim,
+                padded,
+                sliding_window,
+                scaled,
+                splits > 1,
+                tile.num_stages,
+                num_warps=tile.num_warps,
+            )
         if splits > 1:
             _merge_kernel[(num_heads, num_decodes)](
                 parts,

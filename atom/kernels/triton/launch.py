@@ -46,6 +46,14 @@ def decode_tile(head_dim: int, itemsize: int) -> Tile:
 
 
 @cache
+def decode_rows_tile(group: int) -> Tile:
+    """For `decode_rows_kernel`: `columns` keys at a time, `group` query heads of a key head."""
+    if CHIP == "interpret":
+        return Tile(1, 64, 4, 1)
+    return Tile(1, 32, 4, 1)
+
+
+@cache
 def prefill_tile(head_dim: int, itemsize: int, fills_chip: bool) -> Tile:
     """rows = query tokens x heads of a group; columns = keys. head_dim is a power of two."""
     if CHIP == "interpret":
@@ -59,6 +67,23 @@ def prefill_tile(head_dim: int, itemsize: int, fills_chip: bool) -> Tile:
     if head_dim <= 128:
         return Tile(128, 32, 4, 4) if fills_chip else Tile(128, 64, 8, 3)
     return Tile(128, 64, 8, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorTile:
+    """Output rows of a program of a matrix-vector product, and how much of each it reads at a time."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+@cache
+def vector_tile(num_rows: int, size: int, itemsize: int) -> VectorTile:
+    """For a weight of num_rows x size."""
+    if CHIP == "interpret":
+        return VectorTile(16, 128, 4)
+    return VectorTile(4, 512 if itemsize <= 2 else 256, 4)
 
 
 @dataclass(frozen=True, slots=True)
