@@ -8,7 +8,9 @@ import httpx
 
 
 def make_client(url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None))
+    # A pool of idle connections is searched at each request, which takes long with hundreds of them.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=url, timeout=120, limits=limits)
 
 
 async def stream_completion(
