@@ -355,9 +355,13 @@ def small_cases() -> list[Case]:
         _case("linear", check_linear, 1, 1000, 33, FP32, False, True),
         _case("linear", check_linear, 1, 300, 40, FP16, False, False),
         _case("linear", check_linear, 2, 64, 40, BF16, True, True),
+        _case("linear", check_linear, 16, 100, 33, FP32, True, False),
+        _case("linear", check_linear, 17, 64, 40, BF16, True, False),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 1, 64, 100, BF16),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 1, 320, 48, FP32),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 3, 64, 100, BF16),
+        _case("linear_silu_and_mul", check_linear_silu_and_mul, 7, 72, 20, FP32),
+        _case("linear_silu_and_mul", check_linear_silu_and_mul, 20, 64, 100, BF16),
         _case("rotary_embedding_", check_rotary, 1, (4, 2), 64, 64, False, BF16),
         _case("rotary_embedding_", check_rotary, 5, (9, 3), 80, 32, False, FP32),
         _case("rotary_embedding_", check_rotary, 3, (16, 1), 128, 128, True, BF16),
@@ -414,6 +418,11 @@ def full_cases(fp8: torch.dtype = FN) -> list[Case]:
         cases.append(_case("rms_norm", check_rms_norm, (tokens, size), dtype, size == 576))
         cases.append(_case("add_rms_norm", check_add_rms_norm, (tokens, size), dtype))
         cases.append(_case("silu_and_mul", check_silu_and_mul, (tokens, size), dtype))
+    for tokens, (size, rows), dtype in itertools.product(
+        (1, 2, 16), ((1024, 4096), (3072, 1024), (4096, 6144), (576, 1536), (12288, 520)), (BF16, FP16, FP32)
+    ):
+        cases.append(_case("linear", check_linear, tokens, size, rows, dtype, rows == 1536, rows == 520))
+        cases.append(_case("linear_silu_and_mul", check_linear_silu_and_mul, tokens, size, rows, dtype))
     for tokens, dtype in itertools.product((1, 300), (BF16, FP32)):
         cases.append(_case("rms_norm", check_rms_norm, (tokens, 32, 128), dtype, True))
         for head_dim, rotary_dim, interleaved in (

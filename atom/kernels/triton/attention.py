@@ -13,8 +13,16 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.decode_rows import MOST_HEADS, decode_rows_kernel, first_key, split_length
-from atom.kernels.triton.launch import decode_rows_tile, decode_tile, next_power_of_2, num_multiprocessors, prefill_tile
+from atom.kernels.triton.launch import (
+    decode_rows_tile,
+    decode_tile,
+    next_power_of_2,
+    num_multiprocessors,
+    overlap_options,
+    prefill_tile,
+)
 from atom.kernels.triton.numerics import dot, round_to
+from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
 _LOG2_E = math.log2(math.e)
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # decode programs that should be in flight
@@ -137,12 +145,15 @@ def _decode_kernel(
     SCALED: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (kv_head, request, split): GROUP query heads, padded to HEADS, over the split's keys.
 
     With SPLIT the normalized result and its log2-sum-exp2 go to parts [R, Hq, splits, D] and
     parts_log [R, Hq, splits], else the result goes to the output.
     """
+    let_next_begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     kv_head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -223,8 +234,11 @@ def _merge_kernel(
     PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
     PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (head, request): the weighted mean of the request's parts, PARTS at a time."""
+    let_next_begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens + request)
@@ -439,9 +453,13 @@ def paged_attention(
     table_stride = block_table.stride(0)
     if num_decodes:
         by_rows = scaled and group <= MOST_HEADS
-        tile = decode_rows_tile(group) if by_rows else decode_tile(padded, itemsize)
         num_keys = min(max_seq_len, sliding_window) if sliding_window else max_seq_len
         splits = num_splits(num_decodes * num_kv_heads, num_keys, num_multiprocessors(query.device))
+        if by_rows:
+            tile = decode_rows_tile(num_decodes * num_kv_heads >= 8 * num_multiprocessors(query.device))
+        else:
+            tile = decode_tile(padded, itemsize, k_cache.element_size())
+        overlap = overlap_options(query.device)
         parts = parts_log = None
         if splits > 1:
             parts = torch.empty((num_decodes, num_heads, splits, head_dim), dtype=torch.float32, device=query.device)
@@ -475,6 +493,7 @@ def paged_attention(
                 splits > 1,
                 tile.num_stages,
                 num_warps=tile.num_warps,
+                **overlap,
             )
         else:
             _decode_kernel[(num_kv_heads, num_decodes, splits)](
@@ -491,6 +510,7 @@ def paged_attention(
                 splits > 1,
                 tile.num_stages,
                 num_warps=tile.num_warps,
+                **overlap,
             )
         if splits > 1:
             _merge_kernel[(num_heads, num_decodes)](
@@ -508,6 +528,7 @@ def paged_attention(
                 sliding_window,
                 _PARTS,
                 num_warps=2,
+                **overlap,
             )
     if num_requests > num_decodes:
         # Queries that fill the chip run best in many small programs; a few need all the warps they can get.

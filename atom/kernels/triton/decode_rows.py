@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.numerics import round_to
+from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
-MOST_HEADS = 4  # query heads a key head
+MOST_HEADS = 2  # query heads a key head
 
 
 @triton.jit
@@ -101,8 +102,11 @@ def decode_rows_kernel(
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """As `_decode_kernel`: program (kv_head, request, split). GROUP is at most 4."""
+    """As `_decode_kernel`: program (kv_head, request, split). GROUP is 1 or 2."""
+    let_next_begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     kv_head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -129,16 +133,6 @@ def decode_rows_kernel(
         top1 = top0
         total1 = total0
         acc1 = acc0
-    if GROUP > 2:
-        q2 = tl.load(at_query + 2 * query_stride_head, mask=exists, other=0.0).to(tl.float32) * scale
-        top2 = top0
-        total2 = total0
-        acc2 = acc0
-    if GROUP > 3:
-        q3 = tl.load(at_query + 3 * query_stride_head, mask=exists, other=0.0).to(tl.float32) * scale
-        top3 = top0
-        total3 = total0
-        acc3 = acc0
     for start in tl.range(begin, end, KEYS, num_stages=STAGES):
         keys_at = start + tl.arange(0, KEYS)
         inside = keys_at < end
@@ -160,10 +154,6 @@ def decode_rows_kernel(
         top0, total0, acc0 = _step(q0, top0, total0, acc0, k, v, k_gain, v_gain, inside)
         if GROUP > 1:
             top1, total1, acc1 = _step(q1, top1, total1, acc1, k, v, k_gain, v_gain, inside)
-        if GROUP > 2:
-            top2, total2, acc2 = _step(q2, top2, total2, acc2, k, v, k_gain, v_gain, inside)
-        if GROUP > 3:
-            top3, total3, acc3 = _step(q3, top3, total3, acc3, k, v, k_gain, v_gain, inside)
     head = kv_head * GROUP
     target = output + request * output_stride_token + head * output_stride_head
     row = (request * tl.num_programs(0) * GROUP + head) * num_splits + split
@@ -172,11 +162,3 @@ def decode_rows_kernel(
         target += output_stride_head
         row += num_splits
         _store(top1, total1, acc1, target, parts, parts_log, row, columns, HEAD_DIM, SPLIT)
-    if GROUP > 2:
-        target += output_stride_head
-        row += num_splits
-        _store(top2, total2, acc2, target, parts, parts_log, row, columns, HEAD_DIM, SPLIT)
-    if GROUP > 3:
-        target += output_stride_head
-        row += num_splits
-        _store(top3, total3, acc3, target, parts, parts_log, row, columns, HEAD_DIM, SPLIT)

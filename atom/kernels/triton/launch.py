@@ -30,15 +30,28 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def overlap_options(device: torch.device) -> dict[str, bool]:
+    """Launch options of kernels with OVERLAP: they may begin before the last kernel of the stream has ended.
+
+    Programmatic dependent launch, of Hopper and later. Such a kernel calls `wait_for_inputs` before it reads anything
+    that is not a constant and before it writes.
+    """
+    hopper = CHIP == "hopper" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": True, "launch_pdl": True} if hopper else {"OVERLAP": False}
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
 @cache
-def decode_tile(head_dim: int, itemsize: int) -> Tile:
+def decode_tile(head_dim: int, itemsize: int, cache_itemsize: int) -> Tile:
     """Query heads are padded to `rows`; `columns` keys are read at a time. head_dim is a power of two."""
     if CHIP == "interpret":
         return Tile(16, 64, 4, 1)
+    if CHIP == "hopper" and cache_itemsize == 1 and head_dim <= 128:
+        return Tile(16, 128, 4, 3)
     columns = 64 if head_dim * itemsize <= 256 else 32 if head_dim * itemsize <= 512 else 16
     if CHIP == "cdna3":
         return Tile(16, columns, 4, 2 if head_dim * itemsize <= 256 else 1)
@@ -46,11 +59,11 @@ def decode_tile(head_dim: int, itemsize: int) -> Tile:
 
 
 @cache
-def decode_rows_tile(group: int) -> Tile:
-    """For `decode_rows_kernel`: `columns` keys at a time, `group` query heads of a key head."""
+def decode_rows_tile(fills_chip: bool) -> Tile:
+    """For `decode_rows_kernel`: `columns` keys at a time; fills_chip: without splitting requests."""
     if CHIP == "interpret":
         return Tile(1, 64, 4, 1)
-    return Tile(1, 32, 4, 1)
+    return Tile(1, 16, 1, 2) if fills_chip else Tile(1, 32, 2, 2)
 
 
 @cache
@@ -79,11 +92,11 @@ class VectorTile:
 
 
 @cache
-def vector_tile(num_rows: int, size: int, itemsize: int) -> VectorTile:
-    """For a weight of num_rows x size."""
+def vector_tile(itemsize: int, num_outputs: int) -> VectorTile:
+    """num_outputs: sums held for each row, 2 when gate and up rows are read side by side."""
     if CHIP == "interpret":
         return VectorTile(16, 128, 4)
-    return VectorTile(4, 512 if itemsize <= 2 else 256, 4)
+    return VectorTile(num_outputs, 1024 if itemsize <= 2 else 512, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +108,21 @@ class GemmTile:
     k: int
     num_warps: int
     num_stages: int
+
+
+MOST_FEW_TOKENS = 16
+
+
+@cache
+def few_tokens_tile(itemsize: int, num_outputs: int) -> GemmTile:
+    """For a product of at most MOST_FEW_TOKENS tokens, m of them in a tile."""
+    if CHIP == "interpret":
+        return GemmTile(16, 64, 64, 4, 1)
+    if itemsize > 2:
+        return GemmTile(16, 32, 64, 4, 3 if CHIP == "hopper" else 1)
+    if num_outputs > 1:
+        return GemmTile(16, 32, 128, 4, 3 if CHIP == "hopper" else 2)
+    return GemmTile(16, 32, 256 if CHIP == "hopper" else 128, 4, 5 if CHIP == "hopper" else 2)
 
 
 @cache

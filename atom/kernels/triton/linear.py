@@ -1,7 +1,8 @@
 """Dense layers.
 
-With one token a product reads each weight once and multiplies little: there a program takes a few output rows, and
-nothing needs a second pass. With more, torch's own matrix product takes over, with our activation behind it.
+A few tokens' product is bound by reading the weights. One token's is a matrix-vector product: a program multiplies a
+few rows and sums them once. Up to MOST_FEW_TOKENS are one tile of a matrix product. In both the activation is part of
+the kernel, and nothing needs a second pass over partial sums. More tokens are torch's own matrix product.
 """
 
 import torch
@@ -12,64 +13,165 @@ from torch.compiler import is_compiling
 
 from atom.kernels.torch import linear as reference
 from atom.kernels.triton.activation import silu_and_mul
-from atom.kernels.triton.launch import vector_tile
-from atom.kernels.triton.numerics import round_to
+from atom.kernels.triton.launch import MOST_FEW_TOKENS, few_tokens_tile, overlap_options, vector_tile
+from atom.kernels.triton.numerics import dot, round_to
+from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
 prepare_linear_weight = reference.prepare_linear_weight
 prepare_silu_linear_weight = reference.prepare_silu_linear_weight
 
 
 @triton.jit
-def _rows_times_vector(
-    weight, x, rows, num_rows, stride_row, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """float32 [ROWS]: weight[rows] @ x."""
-    columns = tl.arange(0, COLUMNS)
-    at = weight + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
-    exists = (rows < num_rows)[:, None]
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, SIZE, COLUMNS):
-        if SIZE % COLUMNS == 0:
-            w = tl.load(at + start, mask=exists, other=0.0)
-            v = tl.load(x + start + columns)
-        else:
-            left = columns < SIZE - start
-            w = tl.load(at + start, mask=exists & left[None, :], other=0.0)
-            v = tl.load(x + start + columns, mask=left, other=0.0)
-        sums += w.to(tl.float32) * v.to(tl.float32)[None, :]
-    return tl.sum(sums, axis=1)
+def _silu_and_mul(gate, up, dtype: tl.constexpr):
+    """float32 sums of both, rounded where the reference rounds."""
+    gate = round_to(gate, dtype).to(tl.float32)
+    return round_to(gate / (1.0 + tl.exp(-gate)), dtype).to(tl.float32) * round_to(up, dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _vector_kernel(
-    x, weight, bias, out, num_rows, stride_row, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x,
+    weight,
+    bias,
+    out,
+    num_rows,
+    stride_row,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """out[r] = weight[r] @ x + bias[r] for ROWS rows."""
+    """out[r] = weight[r] @ x + bias[r] for ROWS rows; GATED: silu(that) * (weight[num_rows + r] @ x), without bias."""
+    let_next_begin(OVERLAP)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = _rows_times_vector(weight, x, rows, num_rows, stride_row, SIZE, ROWS, COLUMNS)
+    columns = tl.arange(0, COLUMNS)
+    exists = (rows < num_rows)[:, None]
+    at = weight + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
+    at_up = at + num_rows.to(tl.int64) * stride_row
+    # The first weights are on their way before x is known.
+    first = tl.load(at, mask=exists & (columns < SIZE)[None, :], other=0.0).to(tl.float32)
+    if GATED:
+        first_up = tl.load(at_up, mask=exists & (columns < SIZE)[None, :], other=0.0).to(tl.float32)
+    wait_for_inputs(OVERLAP)
+    v = tl.load(x + columns, mask=columns < SIZE, other=0.0).to(tl.float32)[None, :]
+    sums = first * v
+    if GATED:
+        up_sums = first_up * v
+    for start in range(COLUMNS, SIZE, COLUMNS):
+        left = columns < SIZE - start
+        v = tl.load(x + start + columns, mask=left, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(at + start, mask=exists & left[None, :], other=0.0).to(tl.float32) * v
+        if GATED:
+            up_sums += tl.load(at_up + start, mask=exists & left[None, :], other=0.0).to(tl.float32) * v
+    result = tl.sum(sums, axis=1)
+    if GATED:
+        result = _silu_and_mul(result, tl.sum(up_sums, axis=1), out.dtype.element_ty)
     if bias is not None:
-        total += tl.load(bias + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
-    tl.store(out + rows, round_to(total, out.dtype.element_ty), mask=rows < num_rows)
+        result += tl.load(bias + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
+    tl.store(out + rows, round_to(result, out.dtype.element_ty), mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _gated_vector_kernel(
-    x, weight, out, num_rows, stride_row, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def _few_tokens_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    num_tokens,
+    num_rows,
+    stride_x,
+    stride_row,
+    stride_out,
+    SIZE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """out[r] = silu(weight[r] @ x) * (weight[num_rows + r] @ x), rounded where the reference rounds."""
-    dtype = out.dtype.element_ty
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    gate = _rows_times_vector(weight, x, rows, num_rows, stride_row, SIZE, ROWS, COLUMNS)
-    half = weight + num_rows.to(tl.int64) * stride_row
-    up = _rows_times_vector(half, x, rows, num_rows, stride_row, SIZE, ROWS, COLUMNS)
-    gate = round_to(gate, dtype).to(tl.float32)
-    activated = round_to(gate / (1.0 + tl.exp(-gate)), dtype).to(tl.float32)
-    result = activated * round_to(up, dtype).to(tl.float32)
-    tl.store(out + rows, round_to(result, dtype), mask=rows < num_rows)
+    """As `_vector_kernel` for up to M tokens and N rows."""
+    let_next_begin(OVERLAP)
+    tokens = tl.arange(0, M)
+    rows = tl.program_id(0) * N + tl.arange(0, N)
+    inner = tl.arange(0, K)
+    is_token = (tokens < num_tokens)[:, None]
+    exists = (rows < num_rows)[None, :]
+    at_x = x + tokens[:, None] * stride_x + inner[None, :]
+    at = weight + rows.to(tl.int64)[None, :] * stride_row + inner[:, None]
+    at_up = at + num_rows.to(tl.int64) * stride_row
+    sums = tl.zeros([M, N], tl.float32)
+    if GATED:
+        up_sums = tl.zeros([M, N], tl.float32)
+    wait_for_inputs(OVERLAP)
+    for start in range(0, SIZE, K):
+        if SIZE % K == 0:
+            a = tl.load(at_x + start, mask=is_token, other=0.0)
+            sums = dot(a, tl.load(at + start, mask=exists, other=0.0), sums)
+            if GATED:
+                up_sums = dot(a, tl.load(at_up + start, mask=exists, other=0.0), up_sums)
+        else:
+            left = inner < SIZE - start
+            a = tl.load(at_x + start, mask=is_token & left[None, :], other=0.0)
+            sums = dot(a, tl.load(at + start, mask=exists & left[:, None], other=0.0), sums)
+            if GATED:
+                up_sums = dot(a, tl.load(at_up + start, mask=exists & left[:, None], other=0.0), up_sums)
+    if GATED:
+        sums = _silu_and_mul(sums, up_sums, out.dtype.element_ty)
+    if bias is not None:
+        sums += tl.load(bias + rows, mask=rows < num_rows, other=0.0).to(tl.float32)[None, :]
+    at_out = out + tokens[:, None] * stride_out + rows[None, :]
+    tl.store(at_out, round_to(sums, out.dtype.element_ty), mask=is_token & exists)
 
 
-def _takes_one_token(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.dim() == 2 and x.shape[0] == 1 and x.stride(1) == 1 and weight.stride(1) == 1 and weight.shape[0] > 0
+def _are_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.dim() == 2 and 0 < x.shape[0] <= MOST_FEW_TOKENS and x.stride(1) == 1 and weight.stride(1) == 1
+
+
+def _few_tokens(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_rows: int, gated: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """weight: [num_rows, K], or gate above up if gated."""
+    num_tokens, size = x.shape
+    out = torch.empty((num_tokens, num_rows), dtype=dtype, device=x.device)
+    if num_tokens == 1:
+        rows = vector_tile(x.element_size(), 2 if gated else 1)
+        _vector_kernel[(triton.cdiv(num_rows, rows.rows),)](
+            x,
+            weight,
+            bias,
+            out,
+            num_rows,
+            weight.stride(0),
+            size,
+            rows.rows,
+            rows.columns,
+            gated,
+            num_warps=rows.num_warps,
+            **overlap_options(x.device),
+        )
+        return out
+    tile = few_tokens_tile(x.element_size(), 2 if gated else 1)
+    _few_tokens_kernel[(triton.cdiv(num_rows, tile.n),)](
+        x,
+        weight,
+        bias,
+        out,
+        num_tokens,
+        num_rows,
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        size,
+        tile.m,
+        tile.n,
+        tile.k,
+        gated,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **overlap_options(x.device),
+    )
+    return out
 
 
 def linear(
@@ -78,39 +180,18 @@ def linear(
     """`atom.kernels.torch.linear.linear`."""
     if is_compiling():  # one op for the compiler, as the number of tokens decides which kernel runs
         return torch.ops.atom.linear(x, prepared, bias, out_features, out_float32)
-    if not _takes_one_token(x, prepared):
-        return reference.linear(x, prepared, bias, out_features, out_float32)
-    size = prepared.shape[1]
-    out = torch.empty((1, out_features), dtype=torch.float32 if out_float32 else x.dtype, device=x.device)
-    tile = vector_tile(out_features, size, x.element_size())
-    _vector_kernel[(triton.cdiv(out_features, tile.rows),)](
-        x,
-        prepared,
-        bias,
-        out,
-        out_features,
-        prepared.stride(0),
-        size,
-        tile.rows,
-        tile.columns,
-        num_warps=tile.num_warps,
-    )
-    return out
+    if _are_few(x, prepared):
+        return _few_tokens(x, prepared, bias, out_features, False, torch.float32 if out_float32 else x.dtype)
+    return reference.linear(x, prepared, bias, out_features, out_float32)
 
 
 def linear_silu_and_mul(x: torch.Tensor, prepared: torch.Tensor, intermediate_size: int) -> torch.Tensor:
     """`atom.kernels.torch.linear.linear_silu_and_mul`."""
     if is_compiling():
         return torch.ops.atom.linear_silu_and_mul(x, prepared, intermediate_size)
-    if not _takes_one_token(x, prepared):
-        return silu_and_mul(F.linear(x, prepared))
-    size = prepared.shape[1]
-    out = torch.empty((1, intermediate_size), dtype=x.dtype, device=x.device)
-    tile = vector_tile(intermediate_size, size, x.element_size())
-    _gated_vector_kernel[(triton.cdiv(intermediate_size, tile.rows),)](
-        x, prepared, out, intermediate_size, prepared.stride(0), size, tile.rows, tile.columns, num_warps=tile.num_warps
-    )
-    return out
+    if _are_few(x, prepared):
+        return _few_tokens(x, prepared, None, intermediate_size, True, x.dtype)
+    return silu_and_mul(F.linear(x, prepared))
 
 
 def _linear_like(

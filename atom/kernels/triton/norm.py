@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from atom.kernels.triton.launch import next_power_of_2
+from atom.kernels.triton.launch import next_power_of_2, overlap_options
 from atom.kernels.triton.numerics import round_to
+from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
 _TILE = 4096  # elements a program holds at least; short rows are normalized several at a time
 
@@ -23,16 +24,19 @@ def _rms_norm_kernel(
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Row r is head r % num_heads of token r // num_heads."""
+    let_next_begin(OVERLAP)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < num_rows)[:, None] & (columns < SIZE)[None, :]
     source = (rows // num_heads) * stride_token + (rows % num_heads) * stride_head
+    gain = tl.load(weight + columns, mask=columns < SIZE, other=0.0)
+    wait_for_inputs(OVERLAP)
     values = tl.load(x + source[:, None] + columns[None, :], mask=inside, other=0.0)
     wide = values.to(tl.float32)
     factor = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
-    gain = tl.load(weight + columns, mask=columns < SIZE, other=0.0)
     normed = round_to(wide * factor[:, None], values.dtype).to(tl.float32) * gain.to(tl.float32)[None, :]
     target = out + rows[:, None] * SIZE + columns[None, :]
     tl.store(target, round_to(normed, out.dtype.element_ty), mask=inside)
@@ -51,19 +55,22 @@ def _add_rms_norm_kernel(
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The sum replaces the residual; `out` may be x."""
+    let_next_begin(OVERLAP)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < num_rows)[:, None] & (columns < SIZE)[None, :]
     at_residual = residual + rows[:, None] * stride_residual + columns[None, :]
+    gain = tl.load(weight + columns, mask=columns < SIZE, other=0.0)
+    wait_for_inputs(OVERLAP)
     first = tl.load(x + rows[:, None] * stride_x + columns[None, :], mask=inside, other=0.0)
     second = tl.load(at_residual, mask=inside, other=0.0)
     total = round_to(first.to(tl.float32) + second.to(tl.float32), first.dtype)
     tl.store(at_residual, total, mask=inside)
     wide = total.to(tl.float32)
     factor = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
-    gain = tl.load(weight + columns, mask=columns < SIZE, other=0.0)
     normed = round_to(wide * factor[:, None], first.dtype).to(tl.float32) * gain.to(tl.float32)[None, :]
     target = out + rows[:, None] * SIZE + columns[None, :]
     tl.store(target, round_to(normed, out.dtype.element_ty), mask=inside)
@@ -94,7 +101,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if num_rows:
         rows, columns, warps = _shape(num_rows, size)
         _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-            x, weight, out, num_rows, heads, stride_token, stride_head, eps, size, rows, columns, num_warps=warps
+            x,
+            weight,
+            out,
+            num_rows,
+            heads,
+            stride_token,
+            stride_head,
+            eps,
+            size,
+            rows,
+            columns,
+            num_warps=warps,
+            **overlap_options(x.device),
         )
     return out
 
@@ -123,6 +142,7 @@ def add_rms_norm(
             rows,
             columns,
             num_warps=warps,
+            **overlap_options(x.device),
         )
     return out, residual
 

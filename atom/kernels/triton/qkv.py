@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.kv_cache import SMALLEST_AMAX, store_heads
-from atom.kernels.triton.launch import next_power_of_2
+from atom.kernels.triton.launch import next_power_of_2, overlap_options
 from atom.kernels.triton.numerics import round_to
+from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
 _HEADS = 4  # a program's
 
@@ -82,8 +83,11 @@ def _qk_norm_rope_cache_kernel(
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     FLOAT8_MAX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (t, i) does HEADS heads of token t: the query's first, then the key's, then the value's."""
+    let_next_begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     query_blocks: tl.constexpr = (QUERY_HEADS + HEADS - 1) // HEADS
@@ -168,4 +172,5 @@ def qk_norm_rope_cache(
         interleaved,
         0.0 if k_scale is None else torch.finfo(k_cache.dtype).max,
         num_warps=2,
+        **overlap_options(qkv.device),
     )
