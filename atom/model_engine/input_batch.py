@@ -102,10 +102,13 @@ class InputBatch:
         rows = self._rows_of(list(scheduled))
         counts = np.fromiter(scheduled.values(), dtype=np.int64, count=len(scheduled))
         num_decodes = int((counts == 1).sum())
-        if 0 < num_decodes < len(rows):
-            order = np.argsort(counts != 1, kind="stable")
-            rows, counts = rows[order], counts[order]
+        num_fresh = 0
         computed = self.num_computed[rows]
+        if num_decodes < len(rows):
+            is_fresh = (computed == 0) & (counts > 1)
+            num_fresh = int(is_fresh.sum())
+            order = np.lexsort((counts, is_fresh, counts != 1))
+            rows, counts, computed = rows[order], counts[order], computed[order]
         starts = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum(counts, out=starts[1:])
         seq_lens = computed + counts
@@ -149,6 +152,9 @@ class InputBatch:
             num_decodes=num_decodes,
             max_query_len=int(counts.max()),
             max_seq_len=int(seq_lens.max()),
+            fresh_prompts=tuple(zip(starts[-1 - num_fresh : -1].tolist(), counts[-num_fresh:].tolist(), strict=True))
+            if num_fresh
+            else (),
         )
         return StepInput(
             rows=rows,

@@ -31,6 +31,8 @@ class AttentionMetadata:
     seq_lens:        int32 [R], tokens of the request in the cache after this step
     block_table:     int32 [R, max_blocks], cache blocks in order
     slot_mapping:    int64 [T], block * block_size + offset; -1 = padding, not stored
+    fresh_prompts:   (first token, length) of the last requests, which see no key but this step's; shorter ones first.
+                     May leave out any of the first, and is empty where a graph is captured.
     """
 
     query_start_loc: torch.Tensor
@@ -40,6 +42,7 @@ class AttentionMetadata:
     num_decodes: int
     max_query_len: int
     max_seq_len: int
+    fresh_prompts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)

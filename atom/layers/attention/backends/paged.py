@@ -40,6 +40,19 @@ class PagedAttentionBackend(AttentionBackend):
         metadata: AttentionMetadata,
         output: torch.Tensor,
     ) -> None:
+        query = self._prepare_packed(qkv, positions, rotation, cache, metadata, output)
+        self._attend_cache(query, cache, metadata, output)
+
+    def _prepare_packed(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: PackedRotation,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """The query as attention wants it, shaped like output; its keys and values are in the cache."""
         query = torch.empty_like(output)
         self._prepare(
             qkv,
@@ -56,7 +69,7 @@ class PagedAttentionBackend(AttentionBackend):
             cache.v_scale,
             rotation.interleaved,
         )
-        self._attend_cache(query, cache, metadata, output)
+        return query
 
     def _attend_cache(
         self, query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, output: torch.Tensor

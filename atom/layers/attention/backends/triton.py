@@ -1,13 +1,27 @@
 """The Triton kernels, for NVIDIA and AMD GPUs."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
 from atom.kernels import unavailable_reason
 from atom.layers.attention.backends.paged import PagedAttentionBackend
-from atom.layers.attention.base import AttentionSpec
+from atom.layers.attention.base import AttentionMetadata, AttentionSpec, KVCache, PackedRotation
+
+_LONG_PROMPT = 1024  # from this length on, cuDNN's attention is faster by more than a call of it costs the host
 
 
 class TritonAttentionBackend(PagedAttentionBackend):
+    """Long prompts without cached keys go to torch's attention where that is cuDNN's, which is faster than ours."""
+
     name = "triton"
     kernel_backends = ("triton",)
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self.uses_torch_for_prompts = _has_fast_torch_attention(spec)
 
     @classmethod
     def unsupported_reasons(cls, spec: AttentionSpec, device_type: str) -> list[str]:
@@ -18,3 +32,79 @@ class TritonAttentionBackend(PagedAttentionBackend):
             reasons.append(f"head_dim={spec.head_dim} is over 256")
         reason = unavailable_reason("triton")
         return reasons if reason is None else [*reasons, reason]
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        self._store_kv(key, value, cache.k, cache.v, metadata.slot_mapping, cache.k_scale, cache.v_scale)
+        self._attend_all(query, lambda part: (key[part], value[part]), cache, metadata, output)
+
+    def forward_packed(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: PackedRotation,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        query = self._prepare_packed(qkv, positions, rotation, cache, metadata, output)
+        num_kv_heads = cache.k.shape[2]
+
+        def keys_and_values(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            rotated = cache.k.view(-1, *cache.k.shape[2:])[metadata.slot_mapping[part]]
+            return rotated, qkv[part, -num_kv_heads:]
+
+        self._attend_all(query, keys_and_values, cache, metadata, output)
+
+    def _attend_all(
+        self,
+        query: torch.Tensor,
+        keys_and_values: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """keys_and_values: of a range of this step's tokens, [T, Hk, D] each."""
+        long: tuple[tuple[int, int], ...] = ()
+        if self.uses_torch_for_prompts:
+            long = tuple(prompt for prompt in metadata.fresh_prompts if prompt[1] >= _LONG_PROMPT)
+        if not long:
+            self._attend_cache(query, cache, metadata, output)
+            return
+        first, others = long[0][0], metadata.seq_lens.shape[0] - len(long)
+        if others:
+            rest = replace(
+                metadata,
+                query_start_loc=metadata.query_start_loc[: others + 1],
+                seq_lens=metadata.seq_lens[:others],
+                block_table=metadata.block_table[:others],
+            )
+            self._attend_cache(query[:first], cache, rest, output[:first])
+        for start, length in long:
+            part = slice(start, start + length)
+            heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (query[part], *keys_and_values(part))]
+            result = F.scaled_dot_product_attention(
+                *heads_first, is_causal=True, scale=self.spec.scale, enable_gqa=True
+            )
+            output[part] = result[0].transpose(0, 1)
+
+
+def _has_fast_torch_attention(spec: AttentionSpec) -> bool:
+    return (
+        torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (9, 0)
+        and torch.backends.cudnn.is_available()
+        and spec.dtype in (torch.bfloat16, torch.float16)
+        and spec.kv_cache_dtype == spec.dtype  # else the cache's rounded keys are what later tokens see, too
+        and spec.head_dim <= 128
+        and spec.head_dim % 8 == 0
+        and not spec.sliding_window
+    )
