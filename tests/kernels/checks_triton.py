@@ -4,10 +4,12 @@ A check takes the device and a case, raises AssertionError where the kernel is w
 relative to the largest expected value. It imports nothing but torch, triton and atom.kernels.
 """
 
+import contextlib
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +81,28 @@ def check_linear_silu_and_mul(device: str, tokens: int, size: int, intermediate:
     weight = random(2 * intermediate, size, dtype=dtype, device=device, scale=size**-0.5)
     expected = reference.linear_silu_and_mul(x, reference.prepare_silu_linear_weight(weight), intermediate)
     return error(kernels.linear_silu_and_mul(x, kernels.prepare_silu_linear_weight(weight), intermediate), expected)
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def check_gemm(device: str, tokens: int, size: int, rows: int, dtype: torch.dtype) -> float:
+    """Many tokens, with ATOM_USE_TRITON_GEMM=1."""
+    with environment("ATOM_USE_TRITON_GEMM", "1"):
+        return max(
+            check_linear(device, tokens, size, rows, dtype, True, False),
+            check_linear_silu_and_mul(device, tokens, size, rows, dtype),
+        )
 
 
 def check_linear(
@@ -357,6 +381,8 @@ def small_cases() -> list[Case]:
         _case("linear", check_linear, 2, 64, 40, BF16, True, True),
         _case("linear", check_linear, 16, 100, 33, FP32, True, False),
         _case("linear", check_linear, 17, 64, 40, BF16, True, False),
+        _case("linear", check_gemm, 33, 72, 70, FP32),
+        _case("linear", check_gemm, 150, 64, 100, BF16),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 1, 64, 100, BF16),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 1, 320, 48, FP32),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 3, 64, 100, BF16),
@@ -423,6 +449,8 @@ def full_cases(fp8: torch.dtype = FN) -> list[Case]:
     ):
         cases.append(_case("linear", check_linear, tokens, size, rows, dtype, rows == 1536, rows == 520))
         cases.append(_case("linear_silu_and_mul", check_linear_silu_and_mul, tokens, size, rows, dtype))
+    for tokens, (size, rows) in itertools.product((17, 64, 65, 300, 2000), ((1024, 4096), (576, 1536), (4096, 520))):
+        cases.append(_case("linear", check_gemm, tokens, size, rows, BF16))
     for tokens, dtype in itertools.product((1, 300), (BF16, FP32)):
         cases.append(_case("rms_norm", check_rms_norm, (tokens, 32, 128), dtype, True))
         for head_dim, rotary_dim, interleaved in (

@@ -110,19 +110,20 @@ class GemmTile:
     num_stages: int
 
 
-MOST_FEW_TOKENS = 16
-
-
 @cache
-def few_tokens_tile(itemsize: int, num_outputs: int) -> GemmTile:
-    """For a product of at most MOST_FEW_TOKENS tokens, m of them in a tile."""
+def gemm_tile(num_tokens: int, itemsize: int, num_outputs: int) -> GemmTile:
+    """For a dense product; num_outputs: accumulators held at once."""
     if CHIP == "interpret":
         return GemmTile(16, 64, 64, 4, 1)
     if itemsize > 2:
         return GemmTile(16, 32, 64, 4, 3 if CHIP == "hopper" else 1)
-    if num_outputs > 1:
-        return GemmTile(16, 32, 128, 4, 3 if CHIP == "hopper" else 2)
-    return GemmTile(16, 32, 256 if CHIP == "hopper" else 128, 4, 5 if CHIP == "hopper" else 2)
+    if num_tokens <= 16:
+        if num_outputs > 1:
+            return GemmTile(16, 32, 128, 4, 3 if CHIP == "hopper" else 2)
+        return GemmTile(16, 32, 256, 4, 5) if CHIP == "hopper" else GemmTile(16, 32, 128, 4, 2)
+    if num_tokens <= 64:
+        return GemmTile(64, 64, 128, 4, 3) if CHIP == "hopper" else GemmTile(64, 64, 64, 4, 2)
+    return GemmTile(128, 256 // num_outputs, 64, 8, 3) if CHIP == "hopper" else GemmTile(128, 128, 32, 8, 2)
 
 
 @cache

@@ -2,7 +2,8 @@
 
 A few tokens' product is bound by reading the weights. One token's is a matrix-vector product: a program multiplies a
 few rows and sums them once. Up to MOST_FEW_TOKENS are one tile of a matrix product. In both the activation is part of
-the kernel, and nothing needs a second pass over partial sums. More tokens are torch's own matrix product.
+the kernel, and nothing needs a second pass over partial sums. More tokens are torch's own matrix product, or the same
+kernel in many tiles with ATOM_USE_TRITON_GEMM=1.
 """
 
 import torch
@@ -13,12 +14,16 @@ from torch.compiler import is_compiling
 
 from atom.kernels.torch import linear as reference
 from atom.kernels.triton.activation import silu_and_mul
-from atom.kernels.triton.launch import MOST_FEW_TOKENS, few_tokens_tile, overlap_options, vector_tile
+from atom.kernels.triton.launch import gemm_tile, overlap_options, vector_tile
 from atom.kernels.triton.numerics import dot, round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
+from atom.utils import envs
 
 prepare_linear_weight = reference.prepare_linear_weight
 prepare_silu_linear_weight = reference.prepare_silu_linear_weight
+
+MOST_FEW_TOKENS = 16
+_BAND = 8  # tiles of tokens that go over the weights together
 
 
 @triton.jit
@@ -73,7 +78,7 @@ def _vector_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
-def _few_tokens_kernel(
+def _gemm_kernel(
     x,
     weight,
     bias,
@@ -87,13 +92,18 @@ def _few_tokens_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    BAND: tl.constexpr,
     GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """As `_vector_kernel` for up to M tokens and N rows."""
+    """As `_vector_kernel` for M tokens and N rows; programs that run at the same time share weights in the cache."""
     let_next_begin(OVERLAP)
-    tokens = tl.arange(0, M)
-    rows = tl.program_id(0) * N + tl.arange(0, N)
+    token_tiles = tl.cdiv(num_tokens, M)
+    band = tl.program_id(0) // (BAND * tl.cdiv(num_rows, N))
+    height = tl.minimum(token_tiles - band * BAND, BAND)
+    place = tl.program_id(0) % (BAND * tl.cdiv(num_rows, N))
+    tokens = (band * BAND + place % height).to(tl.int64) * M + tl.arange(0, M)
+    rows = place // height * N + tl.arange(0, N)
     inner = tl.arange(0, K)
     is_token = (tokens < num_tokens)[:, None]
     exists = (rows < num_rows)[None, :]
@@ -124,18 +134,15 @@ def _few_tokens_kernel(
     tl.store(at_out, round_to(sums, out.dtype.element_ty), mask=is_token & exists)
 
 
-def _are_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.dim() == 2 and 0 < x.shape[0] <= MOST_FEW_TOKENS and x.stride(1) == 1 and weight.stride(1) == 1
-
-
-def _few_tokens(
+def _multiply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_rows: int, gated: bool, dtype: torch.dtype
 ) -> torch.Tensor:
-    """weight: [num_rows, K], or gate above up if gated."""
+    """x [T, K] times weight [num_rows, K], or gate above up if gated."""
     num_tokens, size = x.shape
+    num_outputs = 2 if gated else 1
     out = torch.empty((num_tokens, num_rows), dtype=dtype, device=x.device)
     if num_tokens == 1:
-        rows = vector_tile(x.element_size(), 2 if gated else 1)
+        rows = vector_tile(x.element_size(), num_outputs)
         _vector_kernel[(triton.cdiv(num_rows, rows.rows),)](
             x,
             weight,
@@ -151,8 +158,8 @@ def _few_tokens(
             **overlap_options(x.device),
         )
         return out
-    tile = few_tokens_tile(x.element_size(), 2 if gated else 1)
-    _few_tokens_kernel[(triton.cdiv(num_rows, tile.n),)](
+    tile = gemm_tile(num_tokens, x.element_size(), num_outputs)
+    _gemm_kernel[(triton.cdiv(num_tokens, tile.m) * triton.cdiv(num_rows, tile.n),)](
         x,
         weight,
         bias,
@@ -166,6 +173,7 @@ def _few_tokens(
         tile.m,
         tile.n,
         tile.k,
+        _BAND,
         gated,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -174,14 +182,21 @@ def _few_tokens(
     return out
 
 
+def _is_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether our kernels multiply, rather than torch's library."""
+    if x.dim() != 2 or not x.shape[0] or x.stride(1) != 1 or weight.stride(1) != 1:
+        return False
+    return x.shape[0] <= MOST_FEW_TOKENS or envs.ATOM_USE_TRITON_GEMM
+
+
 def linear(
     x: torch.Tensor, prepared: torch.Tensor, bias: torch.Tensor | None, out_features: int, out_float32: bool = False
 ) -> torch.Tensor:
     """`atom.kernels.torch.linear.linear`."""
     if is_compiling():  # one op for the compiler, as the number of tokens decides which kernel runs
         return torch.ops.atom.linear(x, prepared, bias, out_features, out_float32)
-    if _are_few(x, prepared):
-        return _few_tokens(x, prepared, bias, out_features, False, torch.float32 if out_float32 else x.dtype)
+    if _is_ours(x, prepared):
+        return _multiply(x, prepared, bias, out_features, False, torch.float32 if out_float32 else x.dtype)
     return reference.linear(x, prepared, bias, out_features, out_float32)
 
 
@@ -189,8 +204,8 @@ def linear_silu_and_mul(x: torch.Tensor, prepared: torch.Tensor, intermediate_si
     """`atom.kernels.torch.linear.linear_silu_and_mul`."""
     if is_compiling():
         return torch.ops.atom.linear_silu_and_mul(x, prepared, intermediate_size)
-    if _are_few(x, prepared):
-        return _few_tokens(x, prepared, None, intermediate_size, True, x.dtype)
+    if _is_ours(x, prepared):
+        return _multiply(x, prepared, None, intermediate_size, True, x.dtype)
     return silu_and_mul(F.linear(x, prepared))
 
 

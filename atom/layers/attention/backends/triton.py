@@ -89,10 +89,8 @@ class TritonAttentionBackend(PagedAttentionBackend):
             self._attend_cache(query[:first], cache, rest, output[:first])
         for start, length in long:
             part = slice(start, start + length)
-            heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (query[part], *keys_and_values(part))]
-            result = F.scaled_dot_product_attention(
-                *heads_first, is_causal=True, scale=self.spec.scale, enable_gqa=True
-            )
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query[part], *keys_and_values(part)))
+            result = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.spec.scale, enable_gqa=True)
             output[part] = result[0].transpose(0, 1)
 
 
