@@ -449,6 +449,7 @@ def full_cases(fp8: torch.dtype = FN) -> list[Case]:
     ):
         cases.append(_case("linear", check_linear, tokens, size, rows, dtype, rows == 1536, rows == 520))
         cases.append(_case("linear_silu_and_mul", check_linear_silu_and_mul, tokens, size, rows, dtype))
+    cases.append(_case("linear", check_linear, 40, 1024, 5000, BF16, False, True))
     for tokens, (size, rows) in itertools.product((17, 64, 65, 300, 2000), ((1024, 4096), (576, 1536), (4096, 520))):
         cases.append(_case("linear", check_gemm, tokens, size, rows, BF16))
     for tokens, dtype in itertools.product((1, 300), (BF16, FP32)):

@@ -27,6 +27,7 @@ from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 _LOG2_E = math.log2(math.e)
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # decode programs that should be in flight
 _LEAST_KEYS = 128  # of a split
+_LEAST_KEYS_OF_MANY = 1024  # where requests fill the GPU, so that only long ones need splits
 _MOST_KEYS = 4096  # of a split, so that long requests don't run on alone
 _MAX_SPLITS = 128
 _PARTS = 16  # splits merged at a time
@@ -149,8 +150,8 @@ def _decode_kernel(
 ):
     """Program (kv_head, request, split): GROUP query heads, padded to HEADS, over the split's keys.
 
-    With SPLIT the normalized result and its log2-sum-exp2 go to parts [R, Hq, splits, D] and
-    parts_log [R, Hq, splits], else the result goes to the output.
+    The normalized result of a part of the keys and its log2-sum-exp2 go to parts [R, Hq, splits, D] and
+    parts_log [R, Hq, splits]; a result of all keys goes to the output.
     """
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
@@ -165,9 +166,11 @@ def _decode_kernel(
         end = tl.minimum(begin + length, seq_len)
         if begin >= end:
             return
+        is_part = length < seq_len - first
     else:
         begin = first
         end = seq_len
+        is_part = False
     group = tl.arange(0, HEADS)
     columns = tl.arange(0, PADDED)
     heads = kv_head * GROUP + group
@@ -210,7 +213,7 @@ def _decode_kernel(
             False,
         )
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    if SPLIT:
+    if is_part:
         row = (request * tl.num_programs(0) * GROUP + heads) * num_splits + split
         tl.store(parts_log + row, top + tl.log2(total), mask=group < GROUP)
         tl.store(parts + row[:, None] * HEAD_DIM + columns[None, :], acc, mask=inside)
@@ -236,7 +239,7 @@ def _merge_kernel(
     PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program (head, request): the weighted mean of the request's parts, PARTS at a time."""
+    """Program (head, request): the weighted mean of the request's parts, PARTS at a time, if it has several."""
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
     head = tl.program_id(0)
@@ -244,6 +247,8 @@ def _merge_kernel(
     seq_len = tl.load(seq_lens + request)
     num_keys = seq_len - first_key(seq_len, WINDOW)
     used = tl.cdiv(num_keys, split_length(num_keys, num_splits, KEYS, LEAST))
+    if used == 1:
+        return
     columns = tl.arange(0, PADDED)
     row = (request * tl.num_programs(0) + head) * num_splits
     top = float("-inf")
@@ -454,9 +459,11 @@ def paged_attention(
     if num_decodes:
         by_rows = scaled and group <= MOST_HEADS
         num_keys = min(max_seq_len, sliding_window) if sliding_window else max_seq_len
-        splits = num_splits(num_decodes * num_kv_heads, num_keys, num_multiprocessors(query.device))
+        groups, multiprocessors = num_decodes * num_kv_heads, num_multiprocessors(query.device)
+        splits = num_splits(groups, num_keys, multiprocessors)
+        least = _LEAST_KEYS if groups < multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR else _LEAST_KEYS_OF_MANY
         if by_rows:
-            tile = decode_rows_tile(num_decodes * num_kv_heads >= 8 * num_multiprocessors(query.device))
+            tile = decode_rows_tile(groups >= 8 * multiprocessors)
         else:
             tile = decode_tile(padded, itemsize, k_cache.element_size())
         overlap = overlap_options(query.device)
@@ -485,7 +492,7 @@ def paged_attention(
                 *operands,
                 group,
                 tile.columns,
-                _LEAST_KEYS,
+                least,
                 block_size,
                 head_dim,
                 padded,
@@ -501,7 +508,7 @@ def paged_attention(
                 group,
                 max(tile.rows, next_power_of_2(group)),
                 tile.columns,
-                _LEAST_KEYS,
+                least,
                 block_size,
                 head_dim,
                 padded,
@@ -522,7 +529,7 @@ def paged_attention(
                 output.stride(0),
                 output.stride(1),
                 tile.columns,
-                _LEAST_KEYS,
+                least,
                 head_dim,
                 padded,
                 sliding_window,

@@ -197,6 +197,8 @@ def linear(
         return torch.ops.atom.linear(x, prepared, bias, out_features, out_float32)
     if _is_ours(x, prepared):
         return _multiply(x, prepared, bias, out_features, False, torch.float32 if out_float32 else x.dtype)
+    if out_float32 and bias is None and x.dim() == 2 and x.is_cuda and x.element_size() == 2 and not torch.version.hip:
+        return torch.mm(x, prepared.t(), out_dtype=torch.float32)  # no second pass over large logits
     return reference.linear(x, prepared, bias, out_features, out_float32)
 
 
