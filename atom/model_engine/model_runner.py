@@ -20,6 +20,7 @@ from atom.model_engine.profiler import Profiler
 from atom.model_engine.prompt_logprobs import PromptLogprobs
 from atom.model_engine.protocol import ModelOutput, ScheduledBatch, TokenLogprobs
 from atom.model_engine.sampling import SamplingState, to_token_logprobs, worst_case_metadata
+from atom.model_engine.warm_up import warm_up
 from atom.model_loader.loader import load_model
 from atom.model_loader.progress import ProgressBar
 from atom.platforms import select_platform
@@ -75,6 +76,10 @@ class ModelRunner:
         )
         self.sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.device)
         self.graph_runner = self._make_graph_runner()
+        if self.platform.device_type != "cpu":
+            started = time.perf_counter()
+            warm_up(self, plan.num_cached_tokens)
+            logger.info("warmed up in %.1f s", time.perf_counter() - started)
         logger.info(
             "KV cache: %d blocks of %d tokens, %.2f GiB (%s)",
             plan.num_blocks,
