@@ -11,21 +11,19 @@ this run. Needs torch, triton and numpy. Without a GPU and with TRITON_INTERPRET
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "kernels")]
 
 import torch  # noqa: E402
+from gpu_suite_parts.pool import run_tasks  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L2_BYTES = 200e6  # data of this size has left the L2 cache before it is used again
@@ -40,52 +38,54 @@ def cases() -> list[Any]:
     return checks_triton.full_cases(checks_triton.native_float8())
 
 
-def run_case(index: int) -> tuple[int, float, str]:
-    """(index, error, "" or what went wrong) of one case; runs in a worker."""
+def run_case(index: int) -> float:
+    """The error of one case; runs in a worker."""
     _, check, args, kwargs = cases()[index]
-    try:
-        return index, check(DEVICE, *args, **kwargs), ""
-    except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if str(ROOT) in f.filename]
-        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-        return index, float("nan"), f"{type(error).__name__} at {where}: {' '.join(str(error).split())[:300]}"
+    return check(DEVICE, *args, **kwargs)
 
 
-def correctness(workers: int, wanted: str) -> dict[str, Any]:
-    """Runs the cases and prints a line a kernel; per kernel: cases, failures and the largest error."""
+def run_small(kernel: str) -> None:
+    """A few small cases of one kernel, in this process: for tools that watch it."""
+    import checks_triton
+
+    small = checks_triton.small_cases()
+    mine = [case for case in cases() if case[0] == kernel and case in small]
+    for _, check, args, kwargs in mine[:: -(-len(mine) // 4)]:
+        check(DEVICE, *args, **kwargs)
+
+
+# The longest to compile come first.
+SLOW = ("paged_attention", "sample", "fused_experts")
+
+
+def correctness(workers: int, wanted: str, deadline: float = float("inf")) -> dict[str, Any]:
+    """Runs the cases and prints a line a kernel; per kernel: cases, failures, cases not run and the largest error."""
     from checks_triton import case_id
 
     grid = cases()
-    # The longest to compile first.
-    order = sorted(
-        (i for i, case in enumerate(grid) if wanted in case[0]),
-        key=lambda i: (
-            ("paged_attention", "sample", "fused_experts").index(grid[i][0])
-            if grid[i][0] in ("paged_attention", "sample", "fused_experts")
-            else 3
-        ),
-    )
+    order = [i for i, case in enumerate(grid) if wanted in case[0]]
+    order.sort(key=lambda i: SLOW.index(grid[i][0]) if grid[i][0] in SLOW else len(SLOW))
     started = time.monotonic()
     summary: dict[str, dict[str, Any]] = {}
     failures: list[str] = []
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(run_case, i) for i in order]):
-            index, error, problem = future.result()
-            entry = summary.setdefault(grid[index][0], {"cases": 0, "failed": 0, "max_error": 0.0})
-            entry["cases"] += 1
-            if problem:
-                entry["failed"] += 1
-                failures.append(f"{case_id(grid[index])}: {problem}")
-            else:
-                entry["max_error"] = max(entry["max_error"], error)
+    for index, outcome in run_tasks(run_case, order, workers, deadline):
+        entry = summary.setdefault(grid[index][0], {"cases": 0, "failed": 0, "not_run": 0, "max_error": 0.0})
+        entry["cases"] += 1
+        if not outcome.finished:
+            entry["not_run"] += 1
+        elif outcome.problem:
+            entry["failed"] += 1
+            failures.append(f"{case_id(grid[index])}: {outcome.problem}")
+            print("  FAILED", failures[-1], flush=True)
+        else:
+            entry["max_error"] = max(entry["max_error"], outcome.value)
     print(f"correctness ({time.monotonic() - started:.0f} s, {workers} processes)")
-    print(f"  {'kernel':20} {'cases':>6} {'failed':>7} {'max error':>10}")
+    print(f"  {'kernel':20} {'cases':>6} {'failed':>7} {'not run':>8} {'max error':>10}")
     for name, entry in sorted(summary.items()):
         verdict = "FAIL" if entry["failed"] else "ok"
-        print(f"  {name:20} {entry['cases']:6} {entry['failed']:7} {entry['max_error']:10.1e}  {verdict}")
+        counts = f"{entry['cases']:6} {entry['failed']:7} {entry['not_run']:8}"
+        print(f"  {name:20} {counts} {entry['max_error']:10.1e}  {verdict}", flush=True)
         entry["max_error"] = float(f"{entry['max_error']:.3g}")
-    for line in sorted(failures)[:40]:
-        print("  FAILED", line)
     return {"kernels": summary, "failures": sorted(failures)}
 
 
@@ -356,7 +356,11 @@ def main() -> int:
     parser.add_argument("--only", choices=("correctness", "timing"))
     parser.add_argument("--workers", type=int, default=min(16, len(os.sched_getaffinity(0))))
     parser.add_argument("--filter", default="", help="only kernels whose name contains this")
+    parser.add_argument("--run-small", metavar="KERNEL", help="run a few small cases of it in this process, and end")
     args = parser.parse_args()
+    if args.run_small:
+        run_small(args.run_small)
+        return 0
     import triton
 
     if DEVICE == "cpu" and not triton.knobs.runtime.interpret:

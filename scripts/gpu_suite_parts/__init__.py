@@ -1,0 +1,1 @@
+"""The parts of scripts/gpu_suite.py: each a module with `run(settings, report)`, run in a process of its own."""
