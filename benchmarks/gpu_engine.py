@@ -253,7 +253,7 @@ class Bench:
         self.client.add_request(
             EngineRequest(
                 request_id=request_id,
-                prompt_token_ids=[generator.randrange(self.dimensions["vocab_size"]) for _ in range(num_prompt)],
+                prompt_token_ids=generator.choices(range(self.dimensions["vocab_size"]), k=num_prompt),
                 sampling_params=SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True, seed=0),
                 arrival_time=0.0,
             )
@@ -288,7 +288,7 @@ class Bench:
             self.client.abort(running[batch:])
             running = running[:batch]
             while len(self.client.step()) < batch:
-                pass
+                assert self.client.has_unfinished(), f"{batch} requests never ran together"
             yield self._decode(batch, context)
         self.client.abort(running)
         self.drain()
@@ -439,13 +439,19 @@ def describe(row: Row) -> str:
 def run_apart(name: str, arguments: list[str]) -> Iterator[Row]:
     """`run_model` in a process of its own, so that no model sees another's memory; an error is the last row."""
     command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--models", name, "--in-process"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("ROW "):
-            yield json.loads(line.removeprefix("ROW "))
-    if code := process.wait():
-        yield {"model": name, "what": "the process", "error": f"exit code {code}"}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                yield json.loads(line.removeprefix("ROW "))
+        code = process.wait()
+        errors.seek(0)
+        said = errors.read()
+        sys.stderr.write(said)
+        if code:
+            last = said.strip().rpartition("\n")[2][:300]
+            yield {"model": name, "what": "the process", "error": f"exit code {code}: {last}"}
 
 
 def make_parser() -> argparse.ArgumentParser:

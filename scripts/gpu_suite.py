@@ -11,10 +11,10 @@ is 1 if anything failed, 2 without a GPU. `--tiny` runs the same paths on a CPU,
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -58,9 +58,15 @@ def run_part(part: str, seconds: float, options: argparse.Namespace, folder: Pat
     command += ["--workers", str(options.workers), *(["--tiny"] if options.tiny else [])]
     command += ["--model", options.model] if options.model else []
     started = time.monotonic()
-    with (folder / "log").open("a") as log:
+    log_file = folder / f"{part}.log"
+    with log_file.open("w") as log:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=environment(options)
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            env=environment(part, options),
         )
         watch = threading.Timer(seconds, end_group, [process.pid])
         watch.start()
@@ -74,20 +80,22 @@ def run_part(part: str, seconds: float, options: argparse.Namespace, folder: Pat
     report: dict[str, Any] = {"planned": [], "cases": {}, "rows": []}
     if file.is_file():
         report = json.loads(file.read_text())
-    stopped = took >= seconds
+    stopped = took >= seconds and code == -signal.SIGKILL
     for name in report["planned"]:
         why = "budget" if stopped or code == 0 else "the part ended early"
         report["cases"].setdefault(name, {"status": "not run", "detail": why})
     if code and not stopped:
-        detail = f"exit code {code}: {last_error(folder / 'log')}"
+        detail = f"exit code {code}: {last_error(log_file)}"
         report["cases"][f"the part {part}"] = {"status": "failed", "detail": detail}
     elif not report["cases"]:
         report["cases"][part] = {"status": "not run", "detail": "budget"}
     return report | {"seconds": round(took, 1), "stopped": stopped}
 
 
-def environment(options: argparse.Namespace) -> dict[str, str]:
+def environment(part: str, options: argparse.Namespace) -> dict[str, str]:
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if part in ("kernels", "engine", "sanitizer"):
+        settings["OMP_NUM_THREADS"] = "1"  # as many processes as cores
     if options.tiny:
         settings |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return os.environ | settings
@@ -139,12 +147,13 @@ def save(options: argparse.Namespace, reports: dict[str, Any], folder: Path) -> 
     targets = [Path(options.json)] if options.json else []
     if out := os.environ.get("OUT"):
         targets.append(Path(out) / "gpu_suite.json")
-        if (folder / "log").is_file():
-            shutil.copyfile(folder / "log", Path(out) / "gpu_suite.log")
+        logs = [f"==== {log.stem}\n{log.read_text(errors='replace')}" for log in sorted(folder.glob("*.log"))]
+        (Path(out) / "gpu_suite.log").write_text("".join(logs))
     for target in targets:
         target.write_text(text + "\n")
 
 
+@functools.cache
 def machine() -> dict[str, str]:
     import platform
 

@@ -56,6 +56,8 @@ def run(settings: Settings, report: Report) -> None:
         for (name, _), outcome in run_tasks(_make, [(n, folder) for n in families], settings.workers):
             if outcome.problem:
                 report.case(f"{name}: checkpoint", "failed", outcome.problem)
+                for case in cases:
+                    report.case(f"{name}: {case}", "not run", "no checkpoint", quiet=True)
         made = [name for name in families if Path(folder, f"{name}.pickle").is_file()]
         tasks = [(name, case, folder) for case in cases for name in made]
         for (name, case, _), outcome in run_tasks(_run, tasks, settings.workers, settings.deadline - 3):

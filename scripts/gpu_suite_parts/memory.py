@@ -11,6 +11,7 @@ from gpu_suite_parts.report import Report, Settings
 
 _LOAD_SECONDS = 120
 _MOST_UNFINISHED = 500
+_WAVE_SECONDS = 12  # of many arrivals, then of few
 
 
 def sampling(generator: random.Random, longest: int) -> dict[str, Any]:
@@ -57,16 +58,17 @@ def run(settings: Settings, report: Report) -> None:
     least_free, told = float("inf"), ready
     while time.monotonic() - ready < seconds or client.has_unfinished():
         loading = time.monotonic() - ready < seconds
-        # Arrivals in bursts, up to more than can run at once.
-        if loading and len(pending) < _MOST_UNFINISHED and generator.random() < 0.2:
-            for _ in range(min(generator.randint(1, 30), _MOST_UNFINISHED - len(pending))):
+        # Arrivals in bursts, up to more than fit at once.
+        most = _MOST_UNFINISHED if (time.monotonic() - ready) // _WAVE_SECONDS % 2 == 0 else _MOST_UNFINISHED // 8
+        if loading and len(pending) < most and generator.random() < 0.2:
+            for _ in range(min(generator.randint(1, 30), most - len(pending))):
                 # Most prompts are short, as they are; some are as long as they may be.
                 length = 1 + int((longest_prompt - 1) * generator.random() ** 2)
                 request_id = str(counts["requests"])
                 client.add_request(
                     EngineRequest(
                         request_id=request_id,
-                        prompt_token_ids=[generator.randrange(vocab_size) for _ in range(length)],
+                        prompt_token_ids=generator.choices(range(vocab_size), k=length),
                         sampling_params=SamplingParams(**sampling(generator, longest_output)),
                         arrival_time=0.0,
                     )

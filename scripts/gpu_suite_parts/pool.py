@@ -13,6 +13,7 @@ from gpu_suite_parts.report import ROOT
 
 # After one of these, nothing works in the process any more.
 _FATAL = ("CUDA error", "an illegal memory access", "device-side assert", "unspecified launch failure")
+_broken = ""  # in a worker: the error after which that was so
 
 
 @dataclass
@@ -22,7 +23,6 @@ class Outcome:
     value: Any = None
     problem: str = ""
     finished: bool = True
-    seconds: float = 0.0
 
 
 def describe(error: BaseException) -> str:
@@ -71,11 +71,16 @@ def run_tasks(
 
 
 def _call(function: Callable[[Any], Any], task: Any) -> Outcome:
-    started = time.monotonic()
+    global _broken
+    if _broken:
+        time.sleep(5)  # leaves the tasks to processes that still work
+        return Outcome(problem=_broken)
     try:
-        return Outcome(function(task), seconds=time.monotonic() - started)
+        return Outcome(function(task))
     except Exception as error:
-        return Outcome(problem=describe(error) or "failed", seconds=time.monotonic() - started)
+        problem = describe(error)
+        _broken = problem if any(text in problem for text in _FATAL) else ""
+        return Outcome(problem=problem)
 
 
 def _alone(function: Callable[[Any], Any], task: Any, deadline: float) -> Outcome:

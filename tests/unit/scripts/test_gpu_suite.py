@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[3] / "scripts"))
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 
+import gpu_engine
 import gpu_suite
 from gpu_suite_parts.pool import run_tasks
 from gpu_suite_parts.sanitizer import verdict
@@ -123,6 +126,37 @@ def test_comparing_texts():
     early = [*range(7), *[0] * (NUM_OUTPUT - 7)]
     assert not compare(golden | {"tokens": [early, early, late]}, golden, "bfloat16")[0]
     assert not compare(golden | {"logprobs": [[-1.0, -2.5], [-3.0], [-0.5]]}, golden, "bfloat16")[0]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("_decode_kernel", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "GEMM"),
+        ("_vector_kernel", "GEMM"),
+        ("_gate_up_kernel", "GEMM"),
+        ("_rms_norm_kernel", "other"),
+        ("Memcpy HtoD (Pinned -> Device)", "other"),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert gpu_engine.kind_of_kernel(kernel) == kind
+
+
+def test_a_profile_counts_overlapping_kernels_once():
+    assert gpu_engine._covered([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0), (2.5, 3.0)]) == 4.0
+
+
+def test_start_up_is_read_from_the_log():
+    log = gpu_engine.StartUp()
+    for line in (
+        "weights loaded in 3.25 s",
+        "CUDA graphs: 10 captured (FULL, sizes [1, 2]) in 4.1 s, 0.50 GiB",
+        "other",
+    ):
+        log.emit(logging.makeLogRecord({"msg": line}))
+    assert log.seconds == {"weights loaded": 3.25, "CUDA graphs": 4.1}
 
 
 def test_table_of_timings():
