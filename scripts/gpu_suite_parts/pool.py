@@ -58,16 +58,12 @@ def run_tasks(
     for index in sorted(waiting):
         yield tasks[index], Outcome(finished=False)
     with ThreadPoolExecutor(max(1, workers)) as threads:
-        reruns = {threads.submit(_alone, function, task, deadline): (task, first) for task, first in again}
+        reruns = {threads.submit(_alone, function, task, deadline): task for task, _ in again}
         for rerun in as_completed(reruns):
-            task, first = reruns[rerun]
-            outcome = rerun.result()
-            if not outcome.finished:
-                outcome = Outcome(problem=first)
-            yield task, outcome
+            yield reruns[rerun], rerun.result()
     # What passes alone may have met another's error, but somebody has to be the cause.
-    if again and all(not rerun.result().problem for rerun in reruns):
-        yield again[0][0], Outcome(problem=f"passed alone, but not with others in the process: {again[0][1]}")
+    if again and not any(rerun.result().problem for rerun in reruns):
+        yield again[0][0], Outcome(problem=f"it or another in its process failed, and none did alone: {again[0][1]}")
 
 
 def _call(function: Callable[[Any], Any], task: Any) -> Outcome:
