@@ -323,17 +323,68 @@ def check_sample(
     p = None if top_p is None else torch.where(turn == 1, 1.0, top_p).float()
     floor = None if min_p is None else torch.where(turn == 2, 0.0, min_p).float()
     got = kernels.sample(logits.clone(), heat, k, p, floor, uniform)
-    expected = reference.sample(logits.clone(), heat, k, p, floor, uniform)
+    return _same_tokens(reference, got, logits, heat, (k, p, floor), uniform)
+
+
+def _same_tokens(
+    reference: Any,
+    got: torch.Tensor,
+    logits: torch.Tensor,
+    heat: torch.Tensor,
+    filters: Sequence[torch.Tensor | None],
+    uniform: torch.Tensor,
+) -> float:
+    """The share of rows whose tokens differ from the reference's, all for a reason."""
+    expected = reference.sample(logits.clone(), heat, *filters, uniform)
     assert got.dtype == torch.int64
-    assert got.shape == (rows,)
+    assert got.shape == expected.shape
     # Sums are rounded differently: where tokens differ, the number must lie at the border of the two.
     for row in (got != expected).nonzero().flatten().tolist():
         assert heat[row] > 0, f"row {row} is greedy"
-        one = [None if f is None else f[row : row + 1].cpu().expand(2) for f in (k, p, floor)]
+        one = [None if f is None else f[row : row + 1].cpu().expand(2) for f in filters]
         near = torch.stack([uniform[row] - 1e-5, uniform[row] + 1e-5]).clamp(0, 1 - 1e-7).cpu()
         around = reference.sample(logits[row : row + 1].cpu().expand(2, -1), heat[row].cpu().expand(2), *one, near)
         assert int(got[row]) in around.tolist(), f"row {row}: {int(got[row])} instead of {int(expected[row])}"
     return float((got != expected).float().mean())
+
+
+def check_sample_distribution(device: str, kind: str, vocab_size: int, filters: str, capacity: int = 0) -> float:
+    """Rows of one kind, each with other filters and another temperature, among others and alone.
+
+    filters: which of k, p and m(in_p) there are; capacity: room for candidates, 0 = as it is.
+    """
+    reference, kernels = ops("sampling")
+    rows = 8
+    x = random(rows, vocab_size, dtype=FP32, device="cpu", seed=3)
+    logits = {
+        "normal": lambda: x * 3,
+        "bf16": lambda: x.bfloat16().float(),
+        "equal": lambda: torch.full_like(x, 5.0),
+        "two values": lambda: (x > 1).float() * 3,
+        "sorted": lambda: x.sort(-1).values * 3,
+        "outliers": lambda: x.masked_fill(x > 1, -1e9),
+        "masked": lambda: x.masked_fill(x < 1, -math.inf),
+        "huge": lambda: x * 1e38,
+        "spike": lambda: torch.where(torch.arange(vocab_size) == 77, 30.0, 0.0).expand(rows, -1).clone(),
+    }[kind]()
+    logits = logits.to(device)
+    heat = torch.tensor([1, 0.7, 0.3, 2.0, 1.5, 50.0, 1, 0.0], device=device)
+    large = vocab_size // 2
+    k = torch.tensor([1, 20, 50, 1000, vocab_size - 1, vocab_size, large, 3], dtype=torch.int32, device=device)
+    p = torch.tensor([0.9013, 0.9533, 0.0, 0.5033, 0.9991, 0.99999, 1.0, 0.5], device=device)
+    floor = torch.tensor([0.0, 0.01, 0.05, 0.001, 0.0, 0.5, 0.1, 1.0], device=device)
+    chosen = [x if name in filters else None for name, x in (("k", k), ("p", p), ("m", floor))]
+    uniform = torch.rand(rows, generator=torch.Generator().manual_seed(2)).to(device)
+    usual = kernels._CAPACITY
+    kernels._CAPACITY = capacity or usual
+    try:
+        got = kernels.sample(logits.clone(), heat, *chosen, uniform)
+        one = slice(4, 5)
+        alone = kernels.sample(logits[one], heat[one], *[x if x is None else x[one] for x in chosen], uniform[one])
+        assert alone.tolist() == got[one].tolist(), "a row depends on the others"
+    finally:
+        kernels._CAPACITY = usual
+    return _same_tokens(reference, got, logits, heat, chosen, uniform)
 
 
 def check_sample_undefined(device: str) -> float:
@@ -431,6 +482,12 @@ def small_cases() -> list[Case]:
         _case("sample", check_sample, 9, 5000, None, 40, 0.8, 0.01, coarse=True),
         _case("sample", check_sample, 6, 37, 1.0, 1, 0.0, None, coarse=True),
         _case("sample", check_sample_undefined),
+        _case("sample", check_sample_distribution, "normal", 5000, "kp"),
+        _case("sample", check_sample_distribution, "bf16", 5000, "pm"),
+        _case("sample", check_sample_distribution, "normal", 5000, "kpm", capacity=64),
+        _case("sample", check_sample_distribution, "equal", 5000, "kp", capacity=64),
+        _case("sample", check_sample_distribution, "outliers", 5000, "p"),
+        _case("sample", check_sample_distribution, "huge", 3000, "k"),
     ]
 
 
@@ -501,6 +558,9 @@ def full_cases(fp8: torch.dtype = FN) -> list[Case]:
         ):
             cases.append(_case("sample", check_sample, rows, vocab_size, None, k, p, floor))
         cases.append(_case("sample", check_sample, rows, vocab_size, 0.7, 1000, 0.99, None, coarse=True))
+    kinds = ("normal", "bf16", "equal", "two values", "sorted", "outliers", "masked", "huge", "spike")
+    for kind, filters, capacity in itertools.product(kinds, ("k", "p", "kp", "pm", "kpm"), (0, 64)):
+        cases.append(_case("sample", check_sample_distribution, kind, 151936, filters, capacity))
     return cases
 
 
