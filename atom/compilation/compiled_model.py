@@ -13,6 +13,7 @@ from atom.compilation.inductor import Compiled, compile_piece, load_piece
 from atom.compilation.plan import Piece, Plan, make_plan
 from atom.compilation.trace import tensor_at, trace_model
 from atom.forward_context import get_forward_context
+from atom.utils import startup
 from atom.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -92,8 +93,10 @@ def compile_model(
         loaded = _load(model, cache)
         if loaded is not None:
             logger.info("compiled model loaded from %s in %.1f s", cache.directory, time.perf_counter() - started)
+            startup.note("compile", "every piece from the cache")
             return loaded
-    plan, pieces = make_plan(trace_model(model, device), splitting_ops)
+    with startup.phase("trace"):
+        plan, pieces = make_plan(trace_model(model, device), splitting_ops)
     logger.info(
         "traced in %.1f s: %d calls of %d distinct pieces", time.perf_counter() - started, len(plan.steps), len(pieces)
     )
@@ -101,6 +104,7 @@ def compile_model(
         _dump(Path(debug_dump), plan, pieces)
     if not use_inductor:
         return CompiledModel(model, plan, {key: {None: piece.graph} for key, piece in pieces.items()})
+    startup.note("compile", f"{len(pieces) * (1 + len(sizes))} pieces, none from the cache")
     building = cache.start() if cache is not None else None
     compiled: dict[str, dict[int | None, Compiled]] = {}
     for number, (key, piece) in enumerate(pieces.items(), start=1):

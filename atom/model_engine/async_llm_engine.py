@@ -25,6 +25,7 @@ from atom.model_engine.output_processor import OutputKind, OutputProcessor
 from atom.model_engine.outputs import RequestOutput
 from atom.model_engine.protocol import EngineOutput, EngineRequest
 from atom.sampling_params import SamplingParams
+from atom.utils import startup
 from atom.utils.errors import RequestError
 from atom.utils.logging import get_logger
 
@@ -175,6 +176,7 @@ class AsyncLLMEngine:
         self._loop = asyncio.get_running_loop()
         self._core: CoreConnection | None = None
         self._plan: dict[str, Any] = {}
+        self.startup: dict[str, float] = {}  # seconds by phase of the core's start
         self._stats: dict[str, float] = {}
         self._streams: dict[str, RequestStream] = {}
         self._calls: dict[int, asyncio.Future[bool | str | None]] = {}
@@ -200,13 +202,17 @@ class AsyncLLMEngine:
         try:
             start = asyncio.ensure_future(engine._start_core())
             try:
-                engine.tokenizer = await asyncio.to_thread(load_tokenizer_if_any, config)
+                with startup.phase("tokenizer"):  # while the core starts
+                    engine.tokenizer = await asyncio.to_thread(load_tokenizer_if_any, config)
             except BaseException:
                 start.cancel()
                 with contextlib.suppress(BaseException):
                     await start
                 raise
-            await start
+            with startup.phase("engine process"):
+                await start
+            if (timer := startup.current()) is not None:
+                timer.split_up("engine process", engine.startup, "engine: ")
         except BaseException:
             await engine.close(grace=0)
             raise
@@ -402,7 +408,7 @@ class AsyncLLMEngine:
         except BaseException:
             core.close(grace=0)
             raise
-        self._plan = ready.plan
+        self._plan, self.startup = ready.plan, ready.startup
         self._core, self.death = core, None
         self._loop.add_reader(core.fd, self._receive, core)
         self._loop.call_soon(self._receive, core)

@@ -7,6 +7,7 @@ from typing import Any
 from atom.config import Config
 from atom.model_engine import wire
 from atom.model_engine.protocol import EngineOutput, EngineRequest
+from atom.utils import startup
 
 
 class EngineClient(ABC):
@@ -37,6 +38,11 @@ class EngineClient(ABC):
     @abstractmethod
     def stats(self) -> dict[str, float]: ...
 
+    @property
+    @abstractmethod
+    def startup(self) -> dict[str, float]:
+        """Seconds by phase of the engine core's start, and their "total"."""
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The memory plan: blocks, bytes, and why."""
@@ -49,7 +55,8 @@ class InprocClient(EngineClient):
     """The engine core in this process: every call is direct."""
 
     def __init__(self, config: Config) -> None:
-        from atom.model_engine.engine_core import EngineCore
+        with startup.phase("import atom"):
+            from atom.model_engine.engine_core import EngineCore
 
         self.core = EngineCore(config)
 
@@ -77,6 +84,10 @@ class InprocClient(EngineClient):
     def stats(self) -> dict[str, float]:
         return self.core.stats()
 
+    @property
+    def startup(self) -> dict[str, float]:
+        return self.core.startup
+
     def describe(self) -> dict[str, Any]:
         return self.core.describe()
 
@@ -99,7 +110,11 @@ class ProcessClient(EngineClient):
         self._stats: dict[str, float] = {}
         self._num_calls = 0
         try:
-            self._plan = self._core.wait_ready().plan
+            with startup.phase("engine process"):
+                ready = self._core.wait_ready()
+            self._plan, self._startup = ready.plan, ready.startup
+            if (timer := startup.current()) is not None:
+                timer.split_up("engine process", ready.startup, "engine: ")
         except BaseException:
             self._core.close(grace=0)
             raise
@@ -140,6 +155,10 @@ class ProcessClient(EngineClient):
         """As of the last step."""
         self._take(self._core.receive())
         return self._stats
+
+    @property
+    def startup(self) -> dict[str, float]:
+        return self._startup
 
     def describe(self) -> dict[str, Any]:
         return self._plan

@@ -1,5 +1,6 @@
 """The loop at the heart: schedule, execute, update. Runs in the caller's process or in its own."""
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from atom.model_engine.protocol import EngineOutput, EngineRequest, ModelOutput,
 from atom.model_engine.scheduler import Scheduler, SchedulerLimits
 from atom.model_engine.structured_output import Grammar, GrammarCompiler
 from atom.model_loader.tokenizer import load_tokenizer
+from atom.utils import startup
 from atom.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -25,8 +27,10 @@ class EngineCore:
         inactive = config.inactive_settings()
         if inactive:
             logger.warning("not yet active: %s (see docs/status.md)", ", ".join(inactive))
-        self.executor = make_executor(config)
-        self.plan = self.executor.initialize()
+        with startup.measured() as self._timer:
+            with startup.phase("import atom"):
+                self.executor = make_executor(config)
+            self.plan = self.executor.initialize()
         assert config.max_model_len is not None
         self.scheduler = Scheduler(
             SchedulerLimits(
@@ -42,6 +46,8 @@ class EngineCore:
             lambda: load_tokenizer(config), config.hf_config.vocab_size, config.end_token_ids
         )
         self._unprepared: dict[str, tuple[EngineRequest, Grammar]] = {}  # their grammars are being made
+        self._seconds_to_token = 0.0
+        self.step = self._step_to_first_token  # type: ignore[method-assign]  # until then; no later step is timed
 
     def add_request(self, request: EngineRequest) -> None:
         if request.grammar:
@@ -69,6 +75,18 @@ class EngineCore:
             return failed
         batch, result = self._in_flight.popleft()
         return failed + self.scheduler.update(batch, result())
+
+    def _step_to_first_token(self) -> list[EngineOutput]:
+        started = time.perf_counter()
+        outputs = EngineCore.step(self)
+        self._seconds_to_token += time.perf_counter() - started
+        if any(output.new_token_ids for output in outputs):
+            del self.step
+            self._timer.add_first_token(self._seconds_to_token)
+            logger.debug(
+                "first token in %.3f s; %.2f s with the start", self._seconds_to_token, self.startup[startup.TOTAL]
+            )
+        return outputs
 
     def _admit_prepared(self) -> list[EngineOutput]:
         """Hand requests whose grammar is there to the scheduler; those whose grammar failed are returned."""
@@ -115,6 +133,11 @@ class EngineCore:
             "prefix_queries": blocks.num_queried_tokens,
             "prefix_hits": blocks.num_hit_tokens,
         }
+
+    @property
+    def startup(self) -> dict[str, float]:
+        """Seconds by phase of the start, up to the first token if there has been one; "total" is their sum."""
+        return self._timer.seconds()
 
     def describe(self) -> dict[str, Any]:
         """The memory plan: blocks, bytes, and why."""

@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from atom.model_engine import wire
+from atom.utils import startup
 from atom.utils.errors import AtomError
 from atom.utils.logging import get_logger
 
@@ -164,10 +165,15 @@ def _serve(launch: wire.Launch) -> int:
 def _load(launch: wire.Launch) -> "EngineCore":
     gc.disable()  # collecting while modules and weights load finds nothing and takes a fifth of the time
     try:
-        from atom.model_engine.config_transport import config_from_plain
-        from atom.model_engine.engine_core import EngineCore
-
-        return EngineCore(config_from_plain(launch.settings))
+        with startup.measured(since_process=True):
+            with startup.phase("import torch"):
+                import torch  # noqa: F401 - to be timed by itself
+            with startup.phase("import atom"):
+                from atom.model_engine.config_transport import config_from_plain
+                from atom.model_engine.engine_core import EngineCore
+            with startup.phase("config"):
+                config = config_from_plain(launch.settings)
+            return EngineCore(config)
     finally:
         gc.freeze()
         gc.enable()
@@ -179,6 +185,7 @@ def _ready(core: "EngineCore") -> wire.Ready:
         limits={name: getattr(config, name) for name in _LIMITS},
         reasons={name: reason for name, reason in config.reasons.items() if name in _LIMITS},
         plan=core.describe(),
+        startup=core.startup,
     )
 
 

@@ -10,6 +10,7 @@ from atom.model_engine.input_processor import InputProcessor, Prompt
 from atom.model_engine.output_processor import OutputKind, OutputProcessor
 from atom.model_engine.outputs import RequestOutput
 from atom.sampling_params import SamplingParams
+from atom.utils import startup
 from atom.utils.errors import ModelLoadError, RequestError
 from atom.utils.logging import get_logger
 
@@ -24,11 +25,17 @@ class LLMEngine:
 
     def __init__(self, config: "Config") -> None:
         self.config = config
+        self._closed = False
+        with startup.measured():
+            self._start(config)
+
+    def _start(self, config: "Config") -> None:
         # Reading a vocabulary and loading weights take seconds each, and mostly not of the same resource.
         tokenizer = _Background(lambda: load_tokenizer_if_any(config))
         self.client = make_client(config)
         try:
-            self.tokenizer = tokenizer.result()
+            with startup.phase("tokenizer, after the rest"):
+                self.tokenizer = tokenizer.result()
         except BaseException:
             self.client.close()
             raise
@@ -42,7 +49,6 @@ class LLMEngine:
             seed=config.seed,
         )
         self.output_processor = OutputProcessor(DetokenizerFactory(self.tokenizer))
-        self._closed = False
 
     def add_request(
         self,

@@ -25,7 +25,7 @@ from atom.model_loader.loader import load_model
 from atom.model_loader.progress import ProgressBar
 from atom.platforms import select_platform
 from atom.sampling_params import SamplingParams
-from atom.utils import envs
+from atom.utils import envs, startup
 from atom.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -58,27 +58,32 @@ class ModelRunner:
         )
         logger.info("platform: %s", self.platform.describe())
         started = time.perf_counter()
-        self.model = load_model(config, self.device, context)
+        with startup.phase("load"):
+            self.model = load_model(config, self.device, context)
         logger.info("weights loaded in %.2f s", time.perf_counter() - started)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         self.layers = {layer.layer_name: layer for layer in self.attention_layers}
         self.sampler = Sampler()
         self.vocab_size: int = config.hf_config.vocab_size
-        self.forward = build_forward(self.model, config, self.platform, self.device)
+        with startup.phase("compile"):
+            self.forward = build_forward(self.model, config, self.platform, self.device)
         self.compute_logits: Callable[[torch.Tensor], torch.Tensor] = self.model.compute_logits  # type: ignore[assignment]
         self.prompt_logprobs = PromptLogprobs(self.compute_logits)
         self._prompt_logprob_rows: set[int] = set()
 
-        num_blocks, plan = self.get_num_blocks()
-        self.kv_cache_config = kv_cache.allocate(self.attention_layers, num_blocks, self.device)
+        with startup.phase("memory"):
+            num_blocks, plan = self.get_num_blocks()
+            self.kv_cache_config = kv_cache.allocate(self.attention_layers, num_blocks, self.device)
         self.batch = InputBatch(
             config.max_num_seqs, self._max_model_len, config.kv_cache_block_size, self.vocab_size, self.device
         )
         self.sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.device)
-        self.graph_runner = self._make_graph_runner()
+        with startup.phase("capture"):
+            self.graph_runner = self._make_graph_runner()
         if self.platform.device_type != "cpu":
             started = time.perf_counter()
-            warm_up(self, plan.num_cached_tokens)
+            with startup.phase("warm up"):
+                warm_up(self, plan.num_cached_tokens)
             logger.info("warmed up in %.1f s", time.perf_counter() - started)
         logger.info(
             "KV cache: %d blocks of %d tokens, %.2f GiB (%s)",
@@ -101,7 +106,8 @@ class ModelRunner:
         block_size = config.kv_cache_block_size
         block_bytes = kv_cache.bytes_per_block(layer.spec for layer in self.attention_layers)
         weight_bytes = sum(t.numel() * t.element_size() for t in self._all_tensors())
-        activation_bytes = self._profile_run()
+        with startup.phase("profile run"):
+            activation_bytes = self._profile_run()
         free, total = self.platform.memory()
         if self.platform.device_type == "cpu":
             setting = "cpu_memory_utilization"

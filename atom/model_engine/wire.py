@@ -10,7 +10,7 @@ import msgspec
 
 from atom.model_engine.protocol import EngineOutput, EngineRequest
 
-PROTOCOL_VERSION = 2  # raise it with every change of a message
+PROTOCOL_VERSION = 3  # raise it with every change of a message
 
 
 class _Message(msgspec.Struct, array_like=True, tag=True):
@@ -50,11 +50,15 @@ class Hello(_Message):
 
 
 class Ready(_Message):
-    """The model is loaded. limits: Config fields as resolved there. plan: the memory plan."""
+    """The model is loaded.
+
+    limits: Config fields as resolved there. plan: the memory plan. startup: seconds by phase.
+    """
 
     limits: dict[str, int]
     reasons: dict[str, str]
     plan: dict[str, Any]
+    startup: dict[str, float]
 
 
 class StartFailed(_Message):

@@ -16,6 +16,7 @@ from atom.model_loader.checkpoint import CheckpointTensor
 from atom.model_loader.dummy import fill_dummy
 from atom.model_loader.mapping import Shard, WeightMapper, loadable_tensors
 from atom.model_loader.progress import ProgressBar
+from atom.utils import startup
 from atom.utils.errors import ModelLoadError
 
 if TYPE_CHECKING:
@@ -34,14 +35,16 @@ def load_model(
     """
     from atom.models.registry import get_model_class
 
-    model = build_model(get_model_class(config.hf_config), config.hf_config, device, context)
+    with startup.phase("build model"):
+        model = build_model(get_model_class(config.hf_config), config.hf_config, device, context)
     if config.load_dummy:
         fill_with_dummies(model)
     else:
         tied = bool(getattr(config.hf_config, "tie_word_embeddings", False))
         checkpoint = open_checkpoint(config.model, context.dtype)
         load_weights(model, checkpoint, tie_word_embeddings=tied, source=config.model, show_progress=show_progress)
-    return finalize(model)
+    with startup.phase("pack weights"):
+        return finalize(model)
 
 
 def build_model(model_class: type, hf_config: Any, device: torch.device, context: BuildContext) -> nn.Module:

@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING, Any
 
-from atom.utils import envs
+from atom.utils import envs, startup
 from atom.utils.errors import ConfigError, ModelLoadError
 from atom.utils.model_path import ModelPath
 
@@ -17,14 +17,17 @@ def load_hf_config(path: ModelPath, trust_remote_code: bool = False) -> "Pretrai
         from atom.utils.gguf_config import gguf_hf_config
         from atom.utils.gguf_file import read_gguf
 
+        with startup.phase("import transformers"):
+            from transformers import AutoConfig
         return gguf_hf_config(read_gguf(path.gguf_file))
     raw = _read_json(path, "config.json")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise ModelLoadError(f"model={path.name!r}: config.json has no model_type")
 
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    with startup.phase("import transformers"):
+        from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
         if not raw.get("auto_map"):

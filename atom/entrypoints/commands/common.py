@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from atom.utils import startup
 from atom.utils.errors import AtomError
 
 if TYPE_CHECKING:
@@ -64,11 +65,16 @@ def sampling_params(arguments: argparse.Namespace, **fixed: Any) -> "SamplingPar
 
 def make_llm(arguments: argparse.Namespace) -> "LLM":
     """An LLM from the flags of EngineArgs; with --torch-profiler-dir it is profiled until it is closed."""
-    with quick_start():
-        from atom.entrypoints.llm import LLM
-        from atom.model_engine.arg_utils import EngineArgs
-
-        llm = LLM.from_engine(EngineArgs.from_cli_args(arguments).create_engine())
+    with quick_start(), startup.measured(since_process=True):
+        with startup.phase("import torch"):
+            import torch  # noqa: F401 - to be timed by itself
+        with startup.phase("import atom"):
+            from atom.entrypoints.llm import LLM
+            from atom.model_engine.arg_utils import EngineArgs
+            from atom.model_engine.llm_engine import LLMEngine
+        with startup.phase("config"):
+            config = EngineArgs.from_cli_args(arguments).create_config()
+        llm = LLM.from_engine(LLMEngine(config))
     if llm.engine.config.torch_profiler_dir:
         llm.start_profile()
     return llm

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from atom.entrypoints.commands.common import quick_start
 from atom.entrypoints.openai.settings import ServerSettings
+from atom.utils import startup
 from atom.utils.errors import ConfigError
 from atom.utils.logging import get_logger
 
@@ -32,11 +33,16 @@ def run_server(args: "EngineArgs", settings: ServerSettings) -> int:
     """Serve until SIGINT or SIGTERM; the exit code. AtomError for what is wrong with the settings."""
     with _bound(settings) as listener:
         with quick_start():
-            config = args.create_config()
+            startup.begin(since_process=True)
+            with startup.phase("import torch"):
+                import torch  # noqa: F401 - to be timed by itself
+            with startup.phase("config"):
+                config = args.create_config()
             config.asyncio_mode = True
-            import uvicorn  # noqa: F401 - modules load while nobody waits for the event loop
+            with startup.phase("import server"):
+                import uvicorn  # noqa: F401 - modules load while nobody waits for the event loop
 
-            import atom.entrypoints.openai.api_server  # noqa: F401
+                import atom.entrypoints.openai.api_server  # noqa: F401
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_serve(config, settings, listener))
 
@@ -79,6 +85,7 @@ async def _serve(config: "Config", settings: ServerSettings, listener: socket.so
         except EngineDeadError as error:
             logger.critical("%s", error)
             return EXIT_ENGINE_FAILED
+        startup.finish()
         app = create_app(engine, settings, metrics)
         server = _make_server(app if tracing is None else tracing.wrap(app), settings)
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))

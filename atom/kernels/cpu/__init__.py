@@ -20,5 +20,7 @@ def unavailable_reason() -> str | None:
 def extension() -> ModuleType:
     """The compiled module: plain C functions, NotImplemented when they don't support the arguments."""
     from atom.kernels.cpu.build import load
+    from atom.utils import startup
 
-    return load()
+    with startup.phase("CPU kernels"):
+        return load()
