@@ -14,12 +14,19 @@ constexpr int64_t kMaxBlockRows = 192;
 template <class T>
 void pack_panel(const T* weight, int64_t first, int64_t rows, int64_t k, int64_t ldw, T* out) {
   constexpr int64_t width = std::is_same_v<T, bf16> ? 2 : 1;
-  const int64_t steps = (k + width - 1) / width;
-  memset((void*)out, 0, steps * kPanel * width * sizeof(T));
-  for (int64_t j = 0; j < rows; ++j) {
-    const T* row = weight + (first + j) * ldw;
-    for (int64_t i = 0; i < k; ++i) out[(i / width * kPanel + j) * width + i % width] = row[i];
+  constexpr int64_t kTile = 64 / (width * sizeof(T));  // steps: a cache line of each row, which stays until it is used
+  const int64_t steps = (k + width - 1) / width, whole = k / width;
+  if (rows < kPanel || whole < steps) memset((void*)out, 0, steps * kPanel * width * sizeof(T));
+  for (int64_t begin = 0; begin < whole; begin += kTile) {
+    const int64_t end = std::min(begin + kTile, whole);
+    for (int64_t j = 0; j < rows; ++j) {
+      const T* row = weight + (first + j) * ldw;
+      for (int64_t s = begin; s < end; ++s)
+        memcpy((void*)(out + (s * kPanel + j) * width), row + s * width, width * sizeof(T));
+    }
   }
+  if (whole < steps)
+    for (int64_t j = 0; j < rows; ++j) out[(whole * kPanel + j) * width] = weight[(first + j) * ldw + k - 1];
 }
 
 // Adds the bias or applies silu(gate) * up to a tile of float results, and stores it in the output's type.
