@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from atom.model_loader.checkpoint import CheckpointTensor
+from atom.model_loader.checkpoint import CheckpointFile, CheckpointTensor, FileSpan
 from atom.utils.errors import ModelLoadError
 from atom.utils.gguf_file import GGUFFile, GGUFTensor, read_gguf
 
@@ -60,12 +60,13 @@ def read_gguf_tensors(path: str | Path, dtype: torch.dtype) -> Iterator[Checkpoi
             f"GGUF file {path}: architecture {file.architecture!r} is not supported; "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
+    source = CheckpointFile(path)
     data = np.memmap(path, mode="c", dtype=np.uint8)  # copy-on-write: torch dislikes read-only arrays
     moe = _QWEN_MOE if file.architecture == "qwen3moe" else _MIXTRAL
     for tensor in file.tensors.values():
         if tensor.name in _COMPUTED:
             continue
-        raw = _Raw(path, data, tensor, dtype)
+        raw = _Raw(source, data, tensor, dtype)
         if tensor.name in _TOP:
             yield raw.whole(_TOP[tensor.name])
             continue
@@ -97,9 +98,10 @@ def read_gguf_tensors(path: str | Path, dtype: torch.dtype) -> Iterator[Checkpoi
 class _Raw:
     """A tensor's bytes in the mapped file."""
 
-    def __init__(self, path: str | Path, data: np.ndarray, tensor: GGUFTensor, dtype: torch.dtype) -> None:
+    def __init__(self, source: CheckpointFile, data: np.ndarray, tensor: GGUFTensor, dtype: torch.dtype) -> None:
         import gguf
 
+        path = source.path
         try:
             self.kind = gguf.GGMLQuantizationType(tensor.ggml_type)
             block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
@@ -119,17 +121,22 @@ class _Raw:
         if end > len(data):
             raise ModelLoadError(f"GGUF file {path}: truncated; {tensor.name} ends at byte {end} of {len(data)}")
         self.bytes = data[tensor.offset : end]
+        self.source, self.offset = source, tensor.offset
         self.shape, self.dtype = tensor.shape, dtype
 
     def whole(self, name: str, interleaved_heads: int | None = None) -> CheckpointTensor:
         load = partial(_decode, self.bytes, self.kind, self.shape, self.dtype, interleaved_heads)
-        return CheckpointTensor(name, self.shape, self.dtype, load)
+        return CheckpointTensor(name, self.shape, self.dtype, load, self._span(self.offset, len(self.bytes)))
 
     def expert(self, index: int, name: str) -> CheckpointTensor:
         size = len(self.bytes) // self.shape[0]
         part = self.bytes[index * size : (index + 1) * size]
         shape = self.shape[1:]
-        return CheckpointTensor(name, shape, self.dtype, partial(_decode, part, self.kind, shape, self.dtype, None))
+        load = partial(_decode, part, self.kind, shape, self.dtype, None)
+        return CheckpointTensor(name, shape, self.dtype, load, self._span(self.offset + index * size, size))
+
+    def _span(self, offset: int, size: int) -> FileSpan:
+        return FileSpan(self.source, offset, size, plain=False)
 
 
 def _decode(

@@ -2,9 +2,10 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from atom.model_loader.checkpoint import CheckpointTensor
 from atom.model_loader.dummy import fill_dummy
 from atom.model_loader.mapping import Shard, WeightMapper, loadable_tensors
 from atom.model_loader.progress import ProgressBar
+from atom.model_loader.read_ahead import ReadAhead
+from atom.model_loader.staging import Staging
 from atom.utils import startup
 from atom.utils.errors import ModelLoadError
 
@@ -74,10 +77,12 @@ def load_weights(
     tie_word_embeddings: bool = False,
     source: str = "checkpoint",
     show_progress: bool | None = False,
+    staging: Staging | None = None,
 ) -> None:
-    """Fills every parameter and persistent buffer exactly once.
+    """Fills every parameter and persistent buffer exactly once, in the order of the files.
 
-    A few tensors are in flight at a time, so memory stays near the model's own size. Raises one ModelLoadError
+    A few tensors are in flight at a time, so memory stays near the model's own size; the system reads ahead of them.
+    staging: how plain tensors come to the parameters' device; None lets it be a GPU's. Raises one ModelLoadError
     that lists what is missing, surplus or of a wrong shape.
     """
     filling = _Filling(WeightMapper(model, tie_word_embeddings))
@@ -86,14 +91,33 @@ def load_weights(
         shards = filling.plan(tensor)
         if shards:
             jobs.append((tensor, shards))
+    jobs.sort(key=lambda job: _place(job[0]))
     total = sum(_num_bytes(tensor) for tensor, _ in jobs)
-    with ProgressBar("Loading weights", total, show_progress) as bar:
+    staging = staging or _staging_for(model)
+    started = time.perf_counter()
+    spans = [tensor.span for tensor, _ in jobs if tensor.span is not None]
+    with ReadAhead(spans) as ahead, ProgressBar("Loading weights", total, show_progress) as bar:
 
         def fill(tensor: CheckpointTensor, shards: list[Shard]) -> None:
-            filling.fill(tensor, shards)
+            if staging is not None and tensor.span is not None and tensor.span.plain:
+                with staging.budget.take(_num_bytes(tensor)):
+                    filling.fill(tensor, shards, staging)
+            else:
+                filling.fill(tensor, shards, None)
             bar.advance(_num_bytes(tensor))
+            if tensor.span is not None:
+                ahead.advance(tensor.span.size)
 
-        _run_all(fill, jobs)
+        try:
+            _run_all(fill, jobs)
+        finally:
+            if staging is not None:
+                staging.finish()
+    seconds = time.perf_counter() - started
+    text = f"{total / 1e9:.2f} GB"
+    if staging is not None:
+        text += f"; reading took {staging.read_seconds:.2f} of {seconds * _num_threads():.2f} thread seconds"
+    startup.note("load", text)
     filling.check(source)
 
 
@@ -152,20 +176,21 @@ class _Filling:
         return shards
 
     @torch.no_grad()
-    def fill(self, tensor: CheckpointTensor, shards: list[Shard]) -> None:
+    def fill(self, tensor: CheckpointTensor, shards: list[Shard], staging: Staging | None) -> None:
         param = self.mapper.targets[shards[0].target]
         problem = _dtype_problem(tensor.dtype, param.dtype)
         if problem is None and shards[0].select is not None and shards[0].select[1] is not None and tensor.shape[1] % 2:
             problem = "dimension 1 must hold the gate and up halves"
         if problem is None:
-            whole = tensor.load()
             load = getattr(param, "weight_loader", default_weight_loader)
-            try:
-                for shard in shards:
-                    load(param, _select(whole, shard), shard.shard_id, shard.expert_id)
-            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-                reason = str(error).splitlines()[0] if str(error) else "rejected"
-                problem = f"{reason} (for {shards[0].target} {_shape(param)})"
+            with nullcontext() if staging is None else staging.stream():
+                whole = tensor.load() if staging is None else staging.load(tensor)
+                try:
+                    for shard in shards:
+                        load(param, _select(whole, shard), shard.shard_id, shard.expert_id)
+                except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+                    reason = str(error).splitlines()[0] if str(error) else "rejected"
+                    problem = f"{reason} (for {shards[0].target} {_shape(param)})"
         if problem is not None:
             with self.lock:
                 self.misshapen.append(f"{tensor.name} {_shape(tensor)}: {problem}")
@@ -224,6 +249,16 @@ def _shape(tensor: Any) -> str:
 
 def _num_bytes(tensor: CheckpointTensor) -> int:
     return torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+
+
+def _place(tensor: CheckpointTensor) -> tuple[str, int]:
+    return ("", 0) if tensor.span is None else (str(tensor.span.file.path), tensor.span.offset)
+
+
+def _staging_for(model: nn.Module) -> Staging | None:
+    """On a GPU: what is copied straight from a mapped file waits for each of its pages."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return Staging(device) if device.type == "cuda" and hasattr(os, "preadv") else None
 
 
 def _num_threads() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from atom.model_loader.checkpoint import CheckpointTensor
+from atom.model_loader.checkpoint import CheckpointFile, CheckpointTensor, FileSpan
 from atom.utils.errors import ModelLoadError
 
 _INDEX = "model.safetensors.index.json"
@@ -54,7 +54,7 @@ def read_safetensors(directory: Path) -> Iterator[CheckpointTensor]:
                 + (f" (nor {len(absent) - 1} others)" if len(absent) > 1 else "")
             )
         for name, (shape, dtype) in file.shapes.items():
-            yield CheckpointTensor(name, shape, dtype, partial(file.read, name))
+            yield CheckpointTensor(name, shape, dtype, partial(file.read, name), file.spans.get(name))
 
 
 class _File:
@@ -76,10 +76,26 @@ class _File:
                     f"checkpoint file {path}: {name} has dtype {part.get_dtype()}; supported are {', '.join(_DTYPES)}"
                 )
             self.shapes[name] = (tuple(part.get_shape()), dtype)
+        self.spans = _read_spans(path)
 
     def read(self, name: str) -> torch.Tensor:
         with self.lock:
             return self.handle.get_tensor(name)
+
+
+def _read_spans(path: Path) -> dict[str, FileSpan]:
+    """Where each tensor's bytes are, in a file whose header safe_open has checked."""
+    source = CheckpointFile(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    first = 8 + size
+    spans = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            spans[name] = FileSpan(source, first + begin, end - begin, plain=True)
+    return spans
 
 
 def _find_files(directory: Path) -> list[Path]:
