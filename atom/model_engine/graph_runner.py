@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from atom.compilation.compiled_model import CompiledModel
 from atom.compilation.cuda_graph import Dispatch, GraphCapturer, GraphDispatcher, PieceGraphs, without_ownership
 from atom.config import CUDAGraphMode
 from atom.forward_context import ForwardContext, set_forward_context
@@ -48,8 +47,9 @@ class GraphRunner:
         self.query_start_loc = torch.zeros(largest + 1, dtype=torch.int32, device=device)
         self.one_token_each = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self.block_table = torch.zeros(largest, max_blocks, dtype=torch.int32, device=device)
-        if isinstance(forward, CompiledModel):
-            forward.use_graphs(lambda: PieceGraphs(capturer, copy_inputs))
+        use_graphs = getattr(forward, "use_graphs", None)  # a CompiledModel's; importing that takes a second
+        if use_graphs is not None:
+            use_graphs(lambda: PieceGraphs(capturer, copy_inputs))
 
     def capture(self, progress: Callable[[int], None] = lambda _: None) -> None:
         """Capture all graphs of the dispatcher, the largest first; progress is told of each."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from atom.utils import envs, startup
 from atom.utils.errors import ConfigError, ModelLoadError
+from atom.utils.light_transformers import import_validators
 from atom.utils.model_path import ModelPath
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def load_hf_config(path: ModelPath, trust_remote_code: bool = False) -> "Pretrai
         from atom.utils.gguf_file import read_gguf
 
         with startup.phase("import transformers"):
-            from transformers import AutoConfig
+            import_validators()
         return gguf_hf_config(read_gguf(path.gguf_file))
     raw = _read_json(path, "config.json")
     model_type = raw.get("model_type")
@@ -26,6 +27,7 @@ def load_hf_config(path: ModelPath, trust_remote_code: bool = False) -> "Pretrai
         raise ModelLoadError(f"model={path.name!r}: config.json has no model_type")
 
     with startup.phase("import transformers"):
+        import_validators()
         from transformers import AutoConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
