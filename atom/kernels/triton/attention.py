@@ -166,11 +166,10 @@ def _decode_kernel(
         end = tl.minimum(begin + length, seq_len)
         if begin >= end:
             return
-        is_part = length < seq_len - first
     else:
+        length = seq_len
         begin = first
         end = seq_len
-        is_part = False
     group = tl.arange(0, HEADS)
     columns = tl.arange(0, PADDED)
     heads = kv_head * GROUP + group
@@ -213,12 +212,15 @@ def _decode_kernel(
             False,
         )
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    if is_part:
-        row = (request * tl.num_programs(0) * GROUP + heads) * num_splits + split
-        tl.store(parts_log + row, top + tl.log2(total), mask=group < GROUP)
-        tl.store(parts + row[:, None] * HEAD_DIM + columns[None, :], acc, mask=inside)
+    target = output + request * output_stride_token + heads[:, None] * output_stride_head + columns[None, :]
+    if SPLIT:
+        if length < seq_len - first:
+            row = (request * tl.num_programs(0) * GROUP + heads) * num_splits + split
+            tl.store(parts_log + row, top + tl.log2(total), mask=group < GROUP)
+            tl.store(parts + row[:, None] * HEAD_DIM + columns[None, :], acc, mask=inside)
+        else:
+            tl.store(target, round_to(acc, output.dtype.element_ty), mask=inside)
     else:
-        target = output + request * output_stride_token + heads[:, None] * output_stride_head + columns[None, :]
         tl.store(target, round_to(acc, output.dtype.element_ty), mask=inside)
 
 

@@ -55,6 +55,7 @@ def _store(
     columns,
     is_part,
     HEAD_DIM: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Merge the rows' softmaxes; `output` is the head's row, `row` its place among the parts."""
     highest = tl.max(top, axis=0)
@@ -62,9 +63,12 @@ def _store(
     whole = tl.sum(total * weight, axis=0)
     result = tl.sum(acc * weight[:, None], axis=0) / tl.where(whole == 0.0, 1.0, whole)
     exists = columns < HEAD_DIM
-    if is_part:
-        tl.store(parts_log + row, highest + tl.log2(whole))
-        tl.store(parts + row * HEAD_DIM + columns, result, mask=exists)
+    if SPLIT:
+        if is_part:
+            tl.store(parts_log + row, highest + tl.log2(whole))
+            tl.store(parts + row * HEAD_DIM + columns, result, mask=exists)
+        else:
+            tl.store(output + columns, round_to(result, output.dtype.element_ty), mask=exists)
     else:
         tl.store(output + columns, round_to(result, output.dtype.element_ty), mask=exists)
 
@@ -114,14 +118,13 @@ def decode_rows_kernel(
     first = first_key(seq_len, WINDOW)
     begin = first
     end = seq_len
-    is_part = False
+    length = seq_len
     if SPLIT:
         length = split_length(seq_len - first, num_splits, KEYS, LEAST)
         begin = first + split * length
         end = tl.minimum(begin + length, seq_len)
         if begin >= end:
             return
-        is_part = length < seq_len - first
     columns = tl.arange(0, PADDED)
     exists = columns < HEAD_DIM
     table = block_table + request * table_stride
@@ -159,8 +162,8 @@ def decode_rows_kernel(
     head = kv_head * GROUP
     target = output + request * output_stride_token + head * output_stride_head
     row = (request * tl.num_programs(0) * GROUP + head) * num_splits + split
-    _store(top0, total0, acc0, target, parts, parts_log, row, columns, is_part, HEAD_DIM)
+    _store(top0, total0, acc0, target, parts, parts_log, row, columns, length < seq_len - first, HEAD_DIM, SPLIT)
     if GROUP > 1:
         target += output_stride_head
         row += num_splits
-        _store(top1, total1, acc1, target, parts, parts_log, row, columns, is_part, HEAD_DIM)
+        _store(top1, total1, acc1, target, parts, parts_log, row, columns, length < seq_len - first, HEAD_DIM, SPLIT)

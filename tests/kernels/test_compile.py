@@ -1,0 +1,35 @@
+"""The Triton kernels compile for GPUs, which no run in the interpreter shows."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+def compile_kernels(cache: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "compile_kernels.py"), *flags]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_attention_compiles(tmp_path: Path) -> None:
+    done = compile_kernels(tmp_path, "--filter", "paged_attention", "--every", "4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"_decode_kernel", "_merge_kernel", "_prefill_kernel"} <= set(done.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_all_kernels_compile(tmp_path: Path, target: str) -> None:
+    done = compile_kernels(tmp_path, "--target", target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sources = "\n".join(path.read_text() for path in (ROOT / "atom/kernels/triton").glob("*.py"))
+    kernels = set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+    assert kernels <= set(done.stdout.split())
