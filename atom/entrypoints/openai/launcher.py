@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from atom.entrypoints.commands.common import quick_start
@@ -87,9 +87,10 @@ async def _serve(config: "Config", settings: ServerSettings, listener: socket.so
             return EXIT_ENGINE_FAILED
         startup.finish()
         app = create_app(engine, settings, metrics)
-        server = _make_server(app if tracing is None else tracing.wrap(app), settings)
+        server = _make_server(
+            app if tracing is None else tracing.wrap(app), settings, lambda: _announce(settings, listener)
+        )
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-        _announce(settings, listener)
         await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             logger.info("shutting down: %d open requests get %g s", engine.num_unfinished, settings.shutdown_grace)
@@ -112,10 +113,14 @@ def _drop_all(engine: "AsyncLLMEngine") -> None:
     engine.drop_all(ApiError(503, "the server is shutting down", code="shutting_down"))
 
 
-def _make_server(app: Any, settings: ServerSettings) -> Any:
+def _make_server(app: Any, settings: ServerSettings, on_listening: Callable[[], None]) -> Any:
     import uvicorn
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            on_listening()  # not before: whoever reads that line connects at once
+
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield  # they are ours
