@@ -1,11 +1,12 @@
 """The requests a worker knows, in pre-allocated rows, and the flat tensors of one step made from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from atom.layers.attention.base import AttentionMetadata
+from atom.layers.attention.long_prompts import LongPrompts
 from atom.model_engine.protocol import NewRequest, ScheduledBatch
 from atom.sampling_params import SamplingParams
 
@@ -37,13 +38,20 @@ class InputBatch:
     """Rows are stable: a request keeps its row until it is removed, so a step only changes what differs.
 
     A sampled token stays on the device (`last_token`) and is the next step's input there, so that the next
-    step can be prepared before the host knows the token.
+    step can be prepared before the host knows the token. long_prompts: how their parts are cut from a step.
     """
 
     def __init__(
-        self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        vocab_size: int,
+        device: torch.device,
+        long_prompts: LongPrompts | None = None,
     ) -> None:
         self.device = device
+        self.long_prompts = long_prompts
         self.block_size = block_size
         self.max_model_len = max_model_len
         max_blocks = -(-max_model_len // block_size)
@@ -102,13 +110,10 @@ class InputBatch:
         rows = self._rows_of(list(scheduled))
         counts = np.fromiter(scheduled.values(), dtype=np.int64, count=len(scheduled))
         num_decodes = int((counts == 1).sum())
-        num_fresh = 0
+        if num_decodes < len(rows):  # long ones last: the kernels of the rest then leave them out
+            order = np.argsort(counts, kind="stable")
+            rows, counts = rows[order], counts[order]
         computed = self.num_computed[rows]
-        if num_decodes < len(rows):
-            is_fresh = (computed == 0) & (counts > 1)
-            num_fresh = int(is_fresh.sum())
-            order = np.lexsort((counts, is_fresh, counts != 1))
-            rows, counts, computed = rows[order], counts[order], computed[order]
         starts = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum(counts, out=starts[1:])
         seq_lens = computed + counts
@@ -125,6 +130,10 @@ class InputBatch:
         slots = table[table_rows, blocks].astype(np.int64) * self.block_size + offsets
         sampling = np.flatnonzero(seq_lens == self.num_tokens[rows])
         sampling_rows = rows[sampling]
+        longest = int(counts.max())
+        cut = None
+        if self.long_prompts is not None and longest >= self.long_prompts.shortest:
+            cut = self.long_prompts.cut(starts, computed)
         on_device = self._to_device(
             [
                 input_ids,
@@ -137,11 +146,11 @@ class InputBatch:
                 starts,
                 seq_lens.astype(np.int32),
                 table,
+                *((cut.query_start_loc, cut.seq_lens, cut.requests) if cut is not None else ()),
             ]
         )
-        ids, positions_d, slots_d, logits_indices, sampling_rows_d, pending_d, pending_rows, starts_d, lens, table_d = (
-            on_device
-        )
+        ids, positions_d, slots_d, logits_indices, sampling_rows_d, pending_d, pending_rows = on_device[:7]
+        starts_d, lens, table_d = on_device[7:10]
         if len(pending):
             ids[pending_d] = self.last_token[pending_rows]
         metadata = AttentionMetadata(
@@ -150,12 +159,23 @@ class InputBatch:
             block_table=table_d,
             slot_mapping=slots_d,
             num_decodes=num_decodes,
-            max_query_len=int(counts.max()),
+            max_query_len=longest,
             max_seq_len=int(seq_lens.max()),
-            fresh_prompts=tuple(zip(starts[-1 - num_fresh : -1].tolist(), counts[-num_fresh:].tolist(), strict=True))
-            if num_fresh
-            else (),
         )
+        if cut is not None:
+            metadata.long_parts = cut.parts
+            if len(cut.requests):
+                rest_starts, rest_lens, requests = on_device[10:]
+                metadata.rest = replace(
+                    metadata,
+                    query_start_loc=rest_starts,
+                    seq_lens=rest_lens,
+                    block_table=table_d.index_select(0, requests),
+                    slot_mapping=slots_d[: int(cut.query_start_loc[-1])],
+                    max_query_len=int(np.diff(cut.query_start_loc).max()),
+                    max_seq_len=int(cut.seq_lens.max()),
+                    long_parts=(),
+                )
         return StepInput(
             rows=rows,
             counts=counts,

@@ -74,8 +74,14 @@ class ModelRunner:
         with startup.phase("memory"):
             num_blocks, plan = self.get_num_blocks()
             self.kv_cache_config = kv_cache.allocate(self.attention_layers, num_blocks, self.device)
+        cuts = (layer.backend.long_prompts for layer in self.attention_layers)
         self.batch = InputBatch(
-            config.max_num_seqs, self._max_model_len, config.kv_cache_block_size, self.vocab_size, self.device
+            config.max_num_seqs,
+            self._max_model_len,
+            config.kv_cache_block_size,
+            self.vocab_size,
+            self.device,
+            next(filter(None, cuts), None),
         )
         self.sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.device)
         with startup.phase("capture"):

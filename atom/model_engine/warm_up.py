@@ -8,7 +8,7 @@ from atom.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from atom.model_engine.model_runner import ModelRunner
 
-_LONG = 2048  # tokens of a prompt that takes the kernels for long ones
+_LONG = 4096 + 300  # tokens of a prompt with a part for long prompts' own kernel, which is slow once, and a rest
 _FILTERS: tuple[dict[str, Any], ...] = (
     {},
     {"top_p": 0.9},

@@ -2,8 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from atom.layers.attention.long_prompts import LongPrompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +24,18 @@ class AttentionSpec:
     sliding_window: int = 0  # 0 = sees all earlier tokens
 
 
+class LongPart(NamedTuple):
+    """`length` tokens of one request, from the batch's token `start` on, that long prompts' own kernel may take.
+
+    request: its row of the block table; context: how many of the request's tokens come before, all in the cache.
+    """
+
+    request: int
+    start: int
+    length: int
+    context: int
+
+
 @dataclass(slots=True, kw_only=True)
 class AttentionMetadata:
     """How one step's flat tokens map to requests and to the paged cache.
@@ -31,8 +47,9 @@ class AttentionMetadata:
     seq_lens:        int32 [R], tokens of the request in the cache after this step
     block_table:     int32 [R, max_blocks], cache blocks in order
     slot_mapping:    int64 [T], block * block_size + offset; -1 = padding, not stored
-    fresh_prompts:   (first token, length) of the last requests, which see no key but this step's; shorter ones first.
-                     May leave out any of the first, and is empty where a graph is captured.
+    long_parts:      see `AttentionBackend.long_prompts`; always empty where a graph is captured
+    rest:            the step without its long parts, None if nothing is left. It ends with the last token of no long
+                     part; in its middle, long parts are requests of length 0: what is written for them is void.
     """
 
     query_start_loc: torch.Tensor
@@ -42,7 +59,8 @@ class AttentionMetadata:
     num_decodes: int
     max_query_len: int
     max_seq_len: int
-    fresh_prompts: tuple[tuple[int, int], ...] = ()
+    long_parts: tuple[LongPart, ...] = ()
+    rest: "AttentionMetadata | None" = None
 
 
 @dataclass(slots=True)
@@ -77,6 +95,7 @@ class AttentionBackend(ABC):
 
     name: str
     can_be_captured: bool = True  # in a CUDA graph: forward never waits for the device
+    long_prompts: "LongPrompts | None" = None  # how steps are cut for a backend that reads metadata.long_parts
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec

@@ -50,7 +50,7 @@ def test_a_mixed_step_puts_decodes_first_and_finds_every_slot():
     assert step.logits_indices.tolist() == [0]
 
 
-def test_prompts_that_begin_come_last_the_longest_at_the_end():
+def test_the_longest_come_last():
     batch = make_batch()
     batch.add(new_request("long", [1, 2, 3, 4, 5], [0, 1]))
     batch.add(new_request("chunk", [6, 7, 8], [2], computed=1))
@@ -58,9 +58,7 @@ def test_prompts_that_begin_come_last_the_longest_at_the_end():
     batch.add(new_request("decode", [11, 12], [4], computed=1))
     step = batch.prepare(batch_of(long=5, chunk=2, short=2, decode=1))
     assert [batch.request_ids[r] for r in step.rows] == ["decode", "chunk", "short", "long"]
-    assert step.metadata.fresh_prompts == ((3, 2), (5, 5))
-    batch.advance(step, None)
-    assert batch.prepare(batch_of(decode=1)).metadata.fresh_prompts == ()
+    assert step.metadata.query_start_loc.tolist() == [0, 1, 3, 5, 10]
 
 
 def test_commit_advances_and_the_sampled_token_is_the_next_input():

@@ -1,27 +1,25 @@
 """The Triton kernels, for NVIDIA and AMD GPUs."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from atom.kernels import unavailable_reason
 from atom.layers.attention.backends.paged import PagedAttentionBackend
 from atom.layers.attention.base import AttentionMetadata, AttentionSpec, KVCache, PackedRotation
-
-_LONG_PROMPT = 1024  # from this length on, cuDNN's attention is faster by more than a call of it costs the host
+from atom.layers.attention.long_prompts import LongPrompts
 
 
 class TritonAttentionBackend(PagedAttentionBackend):
-    """Long prompts without cached keys go to torch's attention where that is cuDNN's, which is faster than ours."""
+    """Long prompts go to torch's attention where that is cuDNN's, which is faster than ours: see `long_prompts`."""
 
     name = "triton"
     kernel_backends = ("triton",)
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
-        self.uses_torch_for_prompts = _has_fast_torch_attention(spec)
+        if _has_fast_torch_attention(spec):
+            self.long_prompts = LongPrompts()
 
     @classmethod
     def unsupported_reasons(cls, spec: AttentionSpec, device_type: str) -> list[str]:
@@ -72,26 +70,18 @@ class TritonAttentionBackend(PagedAttentionBackend):
         output: torch.Tensor,
     ) -> None:
         """keys_and_values: of a range of this step's tokens, [T, Hk, D] each."""
-        long: tuple[tuple[int, int], ...] = ()
-        if self.uses_torch_for_prompts:
-            long = tuple(prompt for prompt in metadata.fresh_prompts if prompt[1] >= _LONG_PROMPT)
-        if not long:
+        if self.long_prompts is None or not metadata.long_parts:
             self._attend_cache(query, cache, metadata, output)
             return
-        first, others = long[0][0], metadata.seq_lens.shape[0] - len(long)
-        if others:
-            rest = replace(
-                metadata,
-                query_start_loc=metadata.query_start_loc[: others + 1],
-                seq_lens=metadata.seq_lens[:others],
-                block_table=metadata.block_table[:others],
+        if (rest := metadata.rest) is not None:
+            num_tokens = rest.slot_mapping.shape[0]
+            self._attend_cache(query[:num_tokens], cache, rest, output[:num_tokens])
+        for part in metadata.long_parts:  # after the rest, which may write to their rows
+            rows = slice(part.start, part.start + part.length)
+            key, value = keys_and_values(rows)
+            output[rows] = self.long_prompts.attend(
+                part, query[rows], key, value, cache, metadata.block_table, self.spec.scale
             )
-            self._attend_cache(query[:first], cache, rest, output[:first])
-        for start, length in long:
-            part = slice(start, start + length)
-            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query[part], *keys_and_values(part)))
-            result = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.spec.scale, enable_gqa=True)
-            output[part] = result[0].transpose(0, 1)
 
 
 def _has_fast_torch_attention(spec: AttentionSpec) -> bool:

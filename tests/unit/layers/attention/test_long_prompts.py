@@ -1,0 +1,180 @@
+"""Parts of long prompts may skip the paged kernel: the result is the same, and few shapes come up."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from atom.layers.attention import long_prompts
+from atom.layers.attention.backends import triton
+from atom.layers.attention.backends.torch import TorchAttentionBackend
+from atom.layers.attention.base import AttentionSpec, KVCache, LongPart, PackedRotation
+from atom.layers.attention.long_prompts import LongPrompts
+from atom.model_engine.input_batch import InputBatch
+from atom.model_engine.protocol import NewRequest, ScheduledBatch
+from atom.sampling_params import SamplingParams
+
+HEADS, KV_HEADS, DIM, NUM_BLOCKS, PADDING = 4, 2, 32, 60, 3
+SMALL = LongPrompts(shortest=12, step=8, long_from=40, long_step=16, piece=32)
+# (cached tokens, new ones) of each request in a step
+STEPS = {
+    "one": [(0, 24)],
+    "odd": [(0, 29)],
+    "several": [(0, 13), (0, 57), (0, 40)],
+    "mixed": [(8, 1), (0, 57), (20, 6), (0, 3), (0, 17), (0, 1), (0, 12)],
+    "after cached ones": [(64, 64), (96, 32)],
+    "odd after odd": [(40, 91), (33, 45), (5, 50)],
+    "everything": [(0, 33), (70, 75), (50, 2), (30, 1), (0, 5), (31, 40), (32, 37), (119, 1)],
+    "nothing long": [(0, 11), (20, 60), (7, 1)],
+}
+
+
+def attend_on_cpu(q, k, v, is_causal, scale):
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+    return out, lse.unsqueeze(-1)
+
+
+def prepare(lengths, block_size, cut):
+    generator = torch.Generator().manual_seed(0)
+    free = torch.randperm(NUM_BLOCKS, generator=generator).tolist()
+    batch = InputBatch(len(lengths), 192, block_size, 100, torch.device("cpu"), cut)
+    for i, (computed, new) in enumerate(lengths):
+        batch.add(
+            NewRequest(
+                request_id=str(i),
+                token_ids=[1] * (computed + new),
+                num_prompt_tokens=computed + new,
+                sampling_params=SamplingParams(),
+                block_ids=[free.pop() for _ in range(-(-(computed + new) // block_size))],
+                num_computed_tokens=computed,
+            )
+        )
+    scheduled = {str(i): new for i, (_, new) in enumerate(lengths)}
+    return batch.prepare(
+        ScheduledBatch(
+            new_requests=[],
+            new_block_ids={},
+            num_scheduled_tokens=scheduled,
+            removed_request_ids=[],
+            total_tokens=sum(scheduled.values()),
+        )
+    )
+
+
+@pytest.mark.parametrize(("block_size", "packed"), [(16, True), (48, False), (64, False)])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_cut_step_equals_the_reference(name, packed, block_size, monkeypatch):
+    monkeypatch.setattr(long_prompts, "attend_with_lse", attend_on_cpu)
+    spec = AttentionSpec(
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        scale=0.3,
+        dtype=torch.float32,
+        block_size=block_size,
+        kv_cache_dtype=torch.float32,
+    )
+    ours = triton.TritonAttentionBackend(spec)
+    assert ours.long_prompts is None
+    ours.long_prompts = SMALL
+    step = prepare(STEPS[name], block_size, SMALL)
+    metadata = step.metadata
+    num_tokens = len(step.positions)
+    # As with CUDA graphs for pieces of the model, tokens may follow that are none.
+    metadata.slot_mapping = torch.cat([metadata.slot_mapping, torch.full((PADDING,), -1)])
+    positions = torch.cat([step.positions, torch.zeros(PADDING, dtype=torch.int64)])
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(num_tokens + PADDING, HEADS + 2 * KV_HEADS, DIM, generator=generator)
+    caches = [torch.randn(NUM_BLOCKS, block_size, KV_HEADS, DIM, generator=generator) for _ in "kv"]
+    outputs = []
+    for backend in (TorchAttentionBackend(spec), ours):
+        cache = KVCache(*(c.clone() for c in caches))
+        output = torch.full((num_tokens + PADDING, HEADS, DIM), 7.0)
+        if packed:
+            angle = torch.arange(192)[:, None] * 0.7 ** torch.arange(DIM // 2)
+            rotation = PackedRotation(
+                cos_sin_cache=torch.cat([angle.cos(), angle.sin()], 1),
+                interleaved=False,
+                q_weight=None,
+                k_weight=None,
+                eps=0.0,
+            )
+            backend.forward_packed(qkv, positions, rotation, cache, metadata, output)
+        else:
+            backend.forward(*qkv.split([HEADS, KV_HEADS, KV_HEADS], 1), cache, metadata, output)
+        outputs.append(output[:num_tokens])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    # As much as the rule says goes another way, and the paged kernel doesn't attend from it as well.
+    expected = sorted(found for computed, new in STEPS[name] if (found := SMALL.find(new, computed)[1]))
+    assert sorted(part.length for part in metadata.long_parts) == expected
+    for part in metadata.long_parts:
+        if metadata.rest is not None and part.start < len(metadata.rest.slot_mapping):
+            segment = metadata.rest.query_start_loc.tolist().index(part.start)
+            assert metadata.rest.seq_lens[segment] == 0
+            assert metadata.rest.query_start_loc[segment + 1] == part.start + part.length
+
+
+def test_what_a_step_is_cut_into():
+    metadata = prepare([(0, 29), (8, 1), (40, 91), (0, 24)], 16, SMALL).metadata
+    # In the batch's order: the decode, the prompts of 24 and 29 tokens, the chunk.
+    assert metadata.long_parts == (LongPart(1, 1, 24, 0), LongPart(2, 25, 24, 0), LongPart(3, 78, 64, 64))
+    rest = metadata.rest
+    assert rest.query_start_loc.tolist() == [0, 1, 25, 49, 54, 78, 142, 145]
+    assert rest.seq_lens.tolist() == [9, 0, 0, 29, 64, 0, 131]
+    assert rest.block_table.tolist() == metadata.block_table[[0, 1, 2, 2, 3, 3, 3]].tolist()
+    assert rest.slot_mapping.tolist() == metadata.slot_mapping.tolist()
+    assert (rest.num_decodes, rest.max_query_len, rest.max_seq_len, rest.long_parts) == (1, 64, 131, ())
+
+
+def test_a_rest_ends_where_only_long_parts_follow():
+    metadata = prepare([(0, 24), (8, 1), (0, 16)], 16, SMALL).metadata
+    assert [part.start for part in metadata.long_parts] == [1, 17]
+    assert metadata.rest.query_start_loc.tolist() == [0, 1]
+    assert len(metadata.rest.slot_mapping) == 1
+    assert prepare([(0, 24)], 16, SMALL).metadata.rest is None
+
+
+def test_nothing_is_cut_for_backends_that_did_not_ask():
+    metadata = prepare(STEPS["everything"], 16, None).metadata
+    assert (metadata.long_parts, metadata.rest) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("length", "context", "expected"),
+    [
+        (1023, 0, (0, 0)),
+        (1024, 0, (0, 1024)),
+        (1535, 0, (0, 1024)),
+        (4095, 0, (0, 3584)),
+        (5119, 0, (0, 4096)),
+        (16383, 0, (0, 15360)),
+        (16384, 16384, (0, 16384)),
+        (16384, 16380, (4, 15360)),
+        (16384, 8191, (0, 0)),
+        (8191, 8192, (0, 0)),
+        (9000, 8100, (0, 0)),
+        (16384, 8193, (8191, 8192)),
+        (16384, 9000, (7384, 8192)),
+        (16000, 8193, (0, 0)),
+    ],
+)
+def test_the_part_of_a_chunk(length, context, expected):
+    assert LongPrompts().find(length, context) == expected
+
+
+def test_shapes_are_few_and_most_of_a_prompt_is_in_its_part():
+    rule = LongPrompts()
+    fresh = {length: rule.find(length, 0)[1] for length in range(1, 16385)}
+    assert len(set(fresh.values()) - {0}) == 4096 // 512 - 2 + (16384 - 4096) // 1024 + 1
+    assert all(part > length - min(1024, length / 2) for length, part in fresh.items() if length >= 1024)
+    for context in np.random.default_rng(0).integers(8192, 131072, 500).tolist():
+        skipped, length = rule.find(16384, context)
+        if length:
+            assert (context + skipped) % rule.piece == 0
+            assert length in range(8192, 16385, 1024)
+            assert 0 <= 16384 - skipped - length < 1024
+        else:
+            assert context % 8192 != 0
