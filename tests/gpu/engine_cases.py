@@ -23,6 +23,8 @@ sys.path.append(str(Path(__file__).parents[1] / "e2e"))
 from tiny_models import FAMILIES, make_model
 
 from atom.config import CompilationConfig, config_from_kwargs
+from atom.layers.attention.base import LongPart
+from atom.layers.attention.long_prompts import LongPrompts
 from atom.layers.sampler import apply_masks_
 from atom.model_engine.engine_client import InprocClient
 from atom.model_engine.protocol import EngineRequest
@@ -244,6 +246,47 @@ def ends_by_abort(family: Family, cache_dir: Path) -> None:
     assert [a + b for a, b in zip(before[1::2], after[1::2], strict=True)] == family.expected[1::2]
 
 
+class SmallParts(LongPrompts):
+    """Cuts where a tiny model's prompts are long, and counts: of fresh prompts and of chunks after cached tokens."""
+
+    cuts: Counter[str] = Counter()
+
+    def __init__(self) -> None:
+        super().__init__(shortest=64, step=32, long_from=128, long_step=64, piece=32)
+
+    def attend(self, part: LongPart, *args: Any) -> torch.Tensor:
+        self.cuts["chunk" if part.context else "fresh"] += 1
+        return super().attend(part, *args)
+
+
+def cuts_long_prompts(family: Family, cache_dir: Path, mode: str) -> None:
+    """Prompts of odd lengths in chunks, beside others: all but two begin with the torch backend's 3 tokens."""
+    if DEVICE == "cpu":
+        raise NotImplementedError("needs a GPU's attention kernels")
+    from atom.layers.attention.backends import triton
+
+    generator = torch.Generator().manual_seed(1)
+    lengths = [64, 245, 9, 211, 191, 240, 187, 30, 224, 199, 233, 205]
+    prompts = [torch.randint(0, 150, (n,), generator=generator).tolist() for n in lengths]
+    settings = {"torch_dtype": "float16", "max_model_len": 256, "max_num_batched_tokens": 150}
+    rule, triton.LongPrompts = triton.LongPrompts, SmallParts  # type: ignore[misc]
+    SmallParts.cuts.clear()
+    try:
+        outputs = []
+        for backend in ("torch", "triton"):
+            with engine(family.path, MODES[mode], cache_dir, attention_backend=backend, **settings) as client:
+                for i, prompt in enumerate(prompts):
+                    client.add_request(request(i, prompt, max_tokens=8))
+                outputs.append(drain(client, len(prompts)))
+                layers = client.core.executor._runner.attention_layers  # type: ignore[attr-defined]
+                can_cut = any(layer.backend.long_prompts for layer in layers)
+    finally:
+        triton.LongPrompts = rule  # type: ignore[misc]
+    assert bool(SmallParts.cuts["fresh"]) == bool(SmallParts.cuts["chunk"]) == can_cut, f"cut {SmallParts.cuts}"
+    wrong = [n for n, one, other in zip(lengths, *outputs, strict=True) if one[:3] != other[:3]]
+    assert len(wrong) <= 2, f"prompts of {wrong} tokens don't begin with the torch backend's 3"
+
+
 Case = Callable[[Family, Path], None]
 
 
@@ -266,6 +309,8 @@ def _cases() -> dict[str, Case]:
     found["waits, greedy"] = partial(waits_for_nothing_but_tokens, sampled=False)
     found["waits, sampled"] = partial(waits_for_nothing_but_tokens, sampled=True)
     found["token masks"] = masks_tokens
+    for name in ("eager", "full-decode", "piecewise"):
+        found[f"cut prompts {name}"] = partial(cuts_long_prompts, mode=name)
     return found
 
 
