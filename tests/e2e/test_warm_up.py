@@ -4,10 +4,11 @@ import pytest
 from tiny_models import make_checkpoint
 
 from atom.config import config_from_kwargs
+from atom.layers.attention.long_prompts import LongPrompts
 from atom.model_engine import model_runner
 from atom.model_engine.engine_client import make_client
 from atom.model_engine.protocol import EngineRequest
-from atom.model_engine.warm_up import warm_up
+from atom.model_engine.warm_up import _LONG, warm_up
 from atom.sampling_params import SamplingParams
 
 
@@ -46,6 +47,11 @@ def tokens_of(path, warm, settings):
 )
 def test_it_changes_nothing(path, settings):
     assert tokens_of(path, True, settings) == tokens_of(path, False, settings)
+
+
+def test_its_long_prompt_has_a_part_for_their_own_kernel_and_a_rest():
+    assert LongPrompts().find(_LONG, 0) == (0, 4096)
+    assert _LONG > 4096
 
 
 def test_it_steps_through_each_kind_of_kernel(path, monkeypatch):
