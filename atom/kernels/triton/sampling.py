@@ -16,7 +16,7 @@ from atom.kernels.triton.sampling_cut import collect_kernel, narrow_kernel, row_
 _PART = 2048  # logits measured together
 _PART_WARPS = 4
 # Values that a pass measures a part at, passes, and logits that a program of one holds against all values at once.
-_THRESHOLDS = 32
+_THRESHOLDS = 16
 _PASSES = 2
 _PASS_BLOCK = _PART if CHIP == "interpret" else 128
 _PASS_WARPS = 4
@@ -27,7 +27,7 @@ _SHARE_BLOCK = 4096 if CHIP == "interpret" else 64  # candidates that are added 
 _FINAL_THRESHOLDS = 8
 _FINAL_WARPS = 8
 # Programs of a pass for each multiprocessor: fewer read the last pass's results less often.
-_PROGRAMS = 8
+_PROGRAMS = 16
 
 
 @triton.jit
