@@ -224,7 +224,7 @@ class Bench:
             kv_cache_dtype=options.kv_cache_dtype, max_num_batched_tokens=16384,
             **({"max_model_len": 34000} if self.on_gpu else tiny),
         )  # fmt: skip
-        self.startup = {"all": time.perf_counter() - started} | log.seconds
+        self.startup = {"all": time.perf_counter() - started} | log.seconds | self.client.startup
         self.core = self.client.core
         self.plan = self.core.plan
         self.count = 0
@@ -260,6 +260,14 @@ class Bench:
         )
         self.count += 1
         return request_id
+
+    def warm_up(self) -> None:
+        """A long prompt, then many that decode beside others' prompts, so that no line waits for a compiler."""
+        for num_prompt, count in ((min(600, self.core.config.max_model_len - 30), 1), (100, 64 if self.on_gpu else 4)):
+            for _ in range(count):
+                self.add(num_prompt, 20)
+                self.client.step()
+            self.drain()
 
     def drain(self) -> tuple[int, int]:
         """(output tokens, steps) until nothing is left."""
@@ -407,8 +415,7 @@ def run_model(name: str, options: argparse.Namespace) -> Iterator[Row]:
     limits = measure_limits()
     bench = Bench(name, options, limits)
     yield {"model": name, "limits": limits, "startup": bench.startup}
-    bench.add(min(600, bench.core.config.max_model_len - 30), 20)
-    bench.drain()  # warm-up
+    bench.warm_up()
     groups: list[tuple[list[str], Callable[[], Iterator[Row]]]] = []
     for context in options.contexts:
         names = [f"decode {batch} x {context}" for batch in options.batches]

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpu_suite_parts.pool import run_tasks
+from gpu_suite_parts.pool import PRELOAD, run_tasks
 from gpu_suite_parts.report import ROOT, Report, Settings
 
 sys.path.append(str(ROOT / "tests" / "gpu"))
@@ -46,6 +46,8 @@ def _run(task: tuple[str, str, str]) -> str:
 
 def run(settings: Settings, report: Report) -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes are enough
+    # Not engine_cases: it asks for a GPU, and processes may not be forked after that.
+    PRELOAD[2:] = ["transformers", "torch._dynamo", "atom.model_engine.engine_core", "atom.model_engine.model_runner"]
     from engine_cases import CASES, FAMILIES, compiles
 
     families = ["llama"] if settings.tiny else list(FAMILIES)

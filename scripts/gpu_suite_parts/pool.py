@@ -13,6 +13,7 @@ from gpu_suite_parts.report import ROOT
 
 # After one of these, nothing works in the process any more.
 _FATAL = ("CUDA error", "an illegal memory access", "device-side assert", "unspecified launch failure")
+PRELOAD = ["torch", "triton"]  # modules that ask for no GPU when imported; parts add their own
 _broken = ""  # in a worker: the error after which that was so
 
 
@@ -92,7 +93,10 @@ def _alone(function: Callable[[Any], Any], task: Any, deadline: float) -> Outcom
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(max(1, workers), mp_context=multiprocessing.get_context("spawn"))
+    """Processes that begin with the slow imports done, in a server that has never touched the GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return ProcessPoolExecutor(max(1, workers), mp_context=context)
 
 
 def _end(pool: ProcessPoolExecutor) -> None:
