@@ -53,6 +53,15 @@ class GraphDispatcher:
         ]
 
 
+def capturable_mode(mode: CUDAGraphMode, whole: bool, mixed: bool) -> CUDAGraphMode:
+    """What is left of a mode. whole: attention can be part of a graph; mixed: in batches with prompts as well."""
+    if not whole and mode.has_full_cudagraphs():
+        return mode.mixed_mode() if mode.mixed_mode() is CUDAGraphMode.PIECEWISE else CUDAGraphMode.NONE
+    if not mixed and mode is CUDAGraphMode.FULL:
+        return CUDAGraphMode.FULL_DECODE_ONLY
+    return mode
+
+
 class GraphCapturer(ABC):
     """Records the device work of a call."""
 

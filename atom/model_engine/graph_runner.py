@@ -8,7 +8,7 @@ import torch
 from atom.compilation.cuda_graph import Dispatch, GraphCapturer, GraphDispatcher, PieceGraphs, without_ownership
 from atom.config import CUDAGraphMode
 from atom.forward_context import ForwardContext, set_forward_context
-from atom.layers.attention.base import AttentionMetadata
+from atom.layers.attention.base import AttentionMetadata, StepPlanner
 from atom.model_engine.input_batch import StepInput
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -34,6 +34,7 @@ class GraphRunner:
     ) -> None:
         self._forward = forward
         self._layers = layers
+        self._planners = _share_planners(layers)
         self.dispatcher = dispatcher
         self._capturer = capturer
         self._max_model_len = max_model_len
@@ -68,17 +69,24 @@ class GraphRunner:
         num_tokens = step.input_ids.shape[0]
         choice = self.dispatcher.dispatch(num_tokens, metadata.num_decodes == len(step.rows))
         if choice.kind is CUDAGraphMode.NONE:
+            self._plan(metadata)
             with set_forward_context(ForwardContext(metadata, self._layers)):
                 return self._forward(step.input_ids, step.positions)
         self._fill_tokens(step, choice)
         if choice.kind is CUDAGraphMode.FULL:
             self._fill_requests(metadata, choice.size)
+            self._plan(metadata, choice.size)
             replay, hidden = self._full[metadata.num_decodes == len(step.rows), choice.size]
             replay()
             return hidden[:num_tokens]
+        self._plan(metadata)
         metadata.slot_mapping = self.slot_mapping[: choice.size]
         with set_forward_context(ForwardContext(metadata, self._layers, choice.size)):
             return self._forward(self.input_ids[: choice.size], self.positions[: choice.size])[:num_tokens]
+
+    def _plan(self, metadata: AttentionMetadata, graph_size: int = 0) -> None:
+        for planner in self._planners:
+            planner.plan(metadata, graph_size)
 
     def _capture_full(self, is_decode: bool, size: int) -> None:
         self.slot_mapping.fill_(-1)
@@ -98,6 +106,7 @@ class GraphRunner:
             with set_forward_context(ForwardContext(metadata, self._layers)):
                 return self._forward(self.input_ids[:size], self.positions[:size])
 
+        self._plan(metadata, size)
         call()  # lazy initialization must not be captured
         replay, hidden = self._capturer.capture(call)
         self._full[is_decode, size] = (replay, without_ownership(hidden))
@@ -121,3 +130,14 @@ class GraphRunner:
             self.query_start_loc[: num_requests + 1].copy_(metadata.query_start_loc)
             # Requests that don't exist start, and end, where the last one ends.
             self.query_start_loc[num_requests + 1 : size + 1] = metadata.query_start_loc[-1]
+
+
+def _share_planners(layers: dict[str, Any]) -> list[StepPlanner]:
+    """Give the layers with equal backends and specs one planner, and list them."""
+    planners: dict[Any, StepPlanner | None] = {}
+    for layer in layers.values():
+        key = (layer.backend.name, layer.backend.spec)
+        if key not in planners:
+            planners[key] = layer.backend.make_planner()
+        layer.backend.planner = planners[key]
+    return [planner for planner in planners.values() if planner is not None]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from atom.layers.attention.base import AttentionMetadata
+from atom.layers.attention.base import AttentionMetadata, OnHost
 from atom.layers.attention.long_prompts import LongPrompts
 from atom.model_engine.protocol import NewRequest, ScheduledBatch
 from atom.sampling_params import SamplingParams
@@ -161,6 +161,7 @@ class InputBatch:
             num_decodes=num_decodes,
             max_query_len=longest,
             max_seq_len=int(seq_lens.max()),
+            on_host=OnHost(starts, seq_lens),
         )
         if cut is not None:
             metadata.long_parts = cut.parts
@@ -175,6 +176,7 @@ class InputBatch:
                     max_query_len=int(np.diff(cut.query_start_loc).max()),
                     max_seq_len=int(cut.seq_lens.max()),
                     long_parts=(),
+                    on_host=OnHost(cut.query_start_loc, cut.seq_lens),
                 )
         return StepInput(
             rows=rows,

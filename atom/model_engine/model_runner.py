@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from atom.compilation.cuda_graph import GraphDispatcher, make_capturer
+from atom.compilation.cuda_graph import GraphDispatcher, capturable_mode, make_capturer
 from atom.compilation.levels import build_forward
 from atom.config import CompilationLevel, Config, CUDAGraphMode
 from atom.forward_context import ForwardContext, set_forward_context
@@ -259,10 +259,14 @@ class ModelRunner:
         mode = config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
         if not self.platform.has_graphs:
             mode = CUDAGraphMode.NONE
-        uncapturable = {layer.backend.name for layer in self.attention_layers if not layer.backend.can_be_captured}
-        if uncapturable and mode.has_full_cudagraphs():
-            logger.warning("cudagraph_mode=%s: attention backend %s can't be captured", mode.name, uncapturable)
-            mode = mode.mixed_mode() if mode.mixed_mode() is CUDAGraphMode.PIECEWISE else CUDAGraphMode.NONE
+        backends = [layer.backend for layer in self.attention_layers]
+        possible = capturable_mode(
+            mode, all(b.can_be_captured for b in backends), all(b.captures_mixed for b in backends)
+        )
+        if possible is not mode:
+            names = ", ".join(sorted({b.name for b in backends}))
+            logger.warning("cudagraph_mode: %s -> %s, as attention backend %s allows", mode.name, possible.name, names)
+            mode = possible
         sizes = [] if mode is CUDAGraphMode.NONE else config.graph_bs or []
         runner = GraphRunner(
             self.forward,

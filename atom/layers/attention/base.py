@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ class LongPart(NamedTuple):
     context: int
 
 
+class OnHost(NamedTuple):
+    """What metadata holds on the device, for backends that plan a step on the host."""
+
+    query_start_loc: np.ndarray  # int32 [R + 1]
+    seq_lens: np.ndarray  # [R], of any integer type
+
+
 @dataclass(slots=True, kw_only=True)
 class AttentionMetadata:
     """How one step's flat tokens map to requests and to the paged cache.
@@ -50,6 +58,7 @@ class AttentionMetadata:
     long_parts:      see `AttentionBackend.long_prompts`; always empty where a graph is captured
     rest:            the step without its long parts, None if nothing is left. It ends with the last token of no long
                      part; in its middle, long parts are requests of length 0: what is written for them is void.
+    on_host:         None where nobody had it on the host, as in a capture
     """
 
     query_start_loc: torch.Tensor
@@ -61,6 +70,7 @@ class AttentionMetadata:
     max_seq_len: int
     long_parts: tuple[LongPart, ...] = ()
     rest: "AttentionMetadata | None" = None
+    on_host: OnHost | None = None
 
 
 @dataclass(slots=True)
@@ -90,15 +100,33 @@ class PackedRotation:
     eps: float
 
 
+class StepPlanner(ABC):
+    """Work on the host that is the same for all layers with one backend and spec: done once a step, before they run."""
+
+    @abstractmethod
+    def plan(self, metadata: AttentionMetadata, graph_size: int = 0) -> None:
+        """Make the step's layers find their plan; never waits for the device, but before a capture.
+
+        graph_size: of the graph of a decode batch that is replayed, or captured, next, in requests; the metadata's own
+        may be fewer. What the graph reads then is filled in place. 0: layers run as they are.
+        """
+
+
 class AttentionBackend(ABC):
     """Stateless but for its spec; one instance a layer. One file a backend."""
 
     name: str
     can_be_captured: bool = True  # in a CUDA graph: forward never waits for the device
+    captures_mixed: bool = True  # also with prompts in the batch, not only decodes
+    planner: StepPlanner | None = None  # shared by layers; from make_planner, set by what runs steps
     long_prompts: "LongPrompts | None" = None  # how steps are cut for a backend that reads metadata.long_parts
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
+
+    def make_planner(self) -> StepPlanner | None:
+        """A planner for all layers with this backend and spec; None if there is nothing to plan."""
+        return None
 
     @classmethod
     @abstractmethod

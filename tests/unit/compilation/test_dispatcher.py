@@ -1,6 +1,6 @@
 import pytest
 
-from atom.compilation.cuda_graph import Dispatch, GraphDispatcher
+from atom.compilation.cuda_graph import Dispatch, GraphDispatcher, capturable_mode
 from atom.config import CUDAGraphMode as Mode
 
 SIZES = [8, 1, 4, 2]
@@ -41,3 +41,22 @@ def test_everything_dispatched_to_was_captured_from_large_to_small(mode):
                 assert (is_decode, choice.size) in full
             if choice.kind is Mode.PIECEWISE:
                 assert choice.size in pieces
+
+
+@pytest.mark.parametrize(
+    ("mode", "whole", "mixed", "expected"),
+    [
+        *((mode, True, True, mode) for mode in Mode),
+        (Mode.NONE, False, False, Mode.NONE),
+        (Mode.PIECEWISE, False, False, Mode.PIECEWISE),
+        (Mode.FULL, False, True, Mode.NONE),
+        (Mode.FULL_DECODE_ONLY, False, True, Mode.NONE),
+        (Mode.FULL_AND_PIECEWISE, False, True, Mode.PIECEWISE),
+        (Mode.FULL, True, False, Mode.FULL_DECODE_ONLY),
+        (Mode.FULL_DECODE_ONLY, True, False, Mode.FULL_DECODE_ONLY),
+        (Mode.FULL_AND_PIECEWISE, True, False, Mode.FULL_AND_PIECEWISE),
+        (Mode.PIECEWISE, True, False, Mode.PIECEWISE),
+    ],
+)
+def test_what_attention_leaves_of_a_mode(mode, whole, mixed, expected):
+    assert capturable_mode(mode, whole, mixed) is expected

@@ -1,0 +1,24 @@
+"""FlashInfer (https://github.com/flashinfer-ai/flashinfer), where the extra `flashinfer` is installed."""
+
+import importlib
+
+import torch
+
+from atom.utils.packages import missing_reason
+
+# As in pyproject.toml's extra: from the first version whose wrappers we have read to the last such series.
+AT_LEAST, BELOW = "0.6.8", "0.8"
+
+
+def unavailable_reason() -> str | None:
+    """Why FlashInfer can't run here, or None; importing it takes a few seconds."""
+    if torch.version.hip is not None:
+        return "it runs on NVIDIA GPUs, not on AMD ones"
+    reason = missing_reason("flashinfer-python", AT_LEAST, BELOW, 'pip install "atom-inference[flashinfer]"')
+    if reason is not None:
+        return reason
+    try:
+        importlib.import_module("flashinfer")
+    except Exception as error:  # an incomplete installation raises what it likes
+        return f"flashinfer can't be imported ({type(error).__name__}: {error})".splitlines()[0]
+    return None
