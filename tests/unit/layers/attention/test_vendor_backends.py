@@ -31,6 +31,14 @@ from atom.sampling_params import SamplingParams
 from atom.utils import packages
 from atom.utils.errors import ConfigError
 
+
+@pytest.fixture(autouse=True)
+def plain_cache_writes(monkeypatch):
+    """Triton's interpreter is slow, and its cache writes have their own tests."""
+    for backend in (FlashInferAttentionBackend, AiterAttentionBackend):
+        monkeypatch.setattr(backend, "kernel_backends", ("torch",))
+
+
 HEADS, KV_HEADS, DIM, NUM_BLOCKS, MAX_LEN, PADDING = 4, 2, 32, 800, 192, 3
 # (cached tokens, new ones) of each request in a step
 STEPS = {
