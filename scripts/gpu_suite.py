@@ -66,7 +66,7 @@ def run_part(part: str, seconds: float, options: argparse.Namespace, folder: Pat
             stderr=log,
             text=True,
             start_new_session=True,
-            env=environment(part, options),
+            env=environment(part, options, folder),
         )
         watch = threading.Timer(seconds, end_group, [process.pid])
         watch.start()
@@ -92,10 +92,10 @@ def run_part(part: str, seconds: float, options: argparse.Namespace, folder: Pat
     return report | {"seconds": round(took, 1), "stopped": stopped}
 
 
-def environment(part: str, options: argparse.Namespace) -> dict[str, str]:
+def environment(part: str, options: argparse.Namespace, folder: Path) -> dict[str, str]:
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     # Where packages lie in a folder that can't be written, each process would compile all of torch's Python again.
-    settings["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / "gpu_suite_bytecode")
+    settings["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
     if part in ("kernels", "engine", "sanitizer"):
         settings["OMP_NUM_THREADS"] = "1"  # as many processes as cores
     if options.tiny:

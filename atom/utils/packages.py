@@ -1,20 +1,25 @@
-"""Whether an optional package is here, in a version that we know."""
+"""Whether an optional package is here, in a version that we know, and works."""
 
+import importlib
 import re
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 
 @cache
-def missing_reason(distribution: str, at_least: str, below: str, remedy: str) -> str | None:
-    """Why a distribution can't be used, ending in the remedy; None when its version is in [at_least, below)."""
+def missing_reason(module: str, distribution: str, at_least: str, below: str, remedy: str) -> str | None:
+    """Why a module can't be used; None when its distribution's version is in [at_least, below) and it is imported."""
     try:
         installed = version(distribution)
     except PackageNotFoundError:
         return f"the package {distribution} is not installed: {remedy}"
-    if _release(at_least) <= _release(installed) < _release(below):
-        return None
-    return f"{distribution} {installed} is installed, but {at_least} or newer, below {below}, is needed: {remedy}"
+    if not _release(at_least) <= _release(installed) < _release(below):
+        return f"{distribution} {installed} is installed, but {at_least} or newer, below {below}, is needed: {remedy}"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # an incomplete installation raises what it likes
+        return f"{module} can't be imported ({type(error).__name__}: {error})".splitlines()[0]
+    return None
 
 
 def _release(text: str) -> tuple[int, ...]:

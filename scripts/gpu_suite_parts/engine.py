@@ -8,12 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpu_suite_parts.pool import PRELOAD, run_tasks
+from gpu_suite_parts.pool import run_tasks
 from gpu_suite_parts.report import ROOT, Report, Settings
 
 sys.path.append(str(ROOT / "tests" / "gpu"))
 
 
+# Not engine_cases: it asks for a GPU, and processes may not be forked after that.
+_PRELOAD = ["transformers", "torch._dynamo", "atom.model_engine.engine_core", "atom.model_engine.model_runner"]
 TINY = ["float32 eager", "float32 preempt", "fp8-cache eager", "fused float32 eager", "waits, greedy", "token masks"]
 
 
@@ -46,8 +48,6 @@ def _run(task: tuple[str, str, str]) -> str:
 
 def run(settings: Settings, report: Report) -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes are enough
-    # Not engine_cases: it asks for a GPU, and processes may not be forked after that.
-    PRELOAD[2:] = ["transformers", "torch._dynamo", "atom.model_engine.engine_core", "atom.model_engine.model_runner"]
     from engine_cases import CASES, FAMILIES, compiles
 
     families = ["llama"] if settings.tiny else list(FAMILIES)
@@ -55,14 +55,14 @@ def run(settings: Settings, report: Report) -> None:
     cases = TINY if settings.tiny else sorted(CASES, key=compiles)
     report.plan([f"{family}: {case}" for family in families for case in cases])
     with tempfile.TemporaryDirectory() as folder:
-        for (name, _), outcome in run_tasks(_make, [(n, folder) for n in families], settings.workers):
+        for (name, _), outcome in run_tasks(_make, [(n, folder) for n in families], settings.workers, preload=_PRELOAD):
             if outcome.problem:
                 report.case(f"{name}: checkpoint", "failed", outcome.problem)
                 for case in cases:
                     report.case(f"{name}: {case}", "not run", "no checkpoint", quiet=True)
         made = [name for name in families if Path(folder, f"{name}.pickle").is_file()]
         tasks = [(name, case, folder) for case in cases for name in made]
-        for (name, case, _), outcome in run_tasks(_run, tasks, settings.workers, settings.deadline - 3):
+        for (name, case, _), outcome in run_tasks(_run, tasks, settings.workers, settings.deadline - 3, _PRELOAD):
             if outcome.problem:
                 report.case(f"{name}: {case}", "failed", outcome.problem)
             elif outcome.finished:

@@ -13,7 +13,6 @@ from gpu_suite_parts.report import ROOT
 
 # After one of these, nothing works in the process any more.
 _FATAL = ("CUDA error", "an illegal memory access", "device-side assert", "unspecified launch failure")
-PRELOAD = ["torch", "triton"]  # modules that ask for no GPU when imported; parts add their own
 _broken = ""  # in a worker: the error after which that was so
 
 
@@ -34,12 +33,19 @@ def describe(error: BaseException) -> str:
 
 
 def run_tasks(
-    function: Callable[[Any], Any], tasks: Sequence[Any], workers: int, deadline: float = float("inf")
+    function: Callable[[Any], Any],
+    tasks: Sequence[Any],
+    workers: int,
+    deadline: float = float("inf"),
+    preload: Sequence[str] = (),
 ) -> Iterator[tuple[Any, Outcome]]:
-    """(task, outcome) as they end. A task whose process died, or had been broken before, is run once more, alone."""
+    """(task, outcome) as they end. A task whose process died, or had been broken before, is run once more, alone.
+
+    preload: modules that tasks need and that ask for no GPU when imported.
+    """
     again: list[tuple[Any, str]] = []
     waiting: set[int] = set(range(len(tasks)))
-    pool = _pool(workers)
+    pool = _pool(workers, preload)
     futures = {pool.submit(_call, function, task): i for i, task in enumerate(tasks)}
     try:
         for future in as_completed(futures, timeout=_left(deadline)):
@@ -59,7 +65,7 @@ def run_tasks(
     for index in sorted(waiting):
         yield tasks[index], Outcome(finished=False)
     with ThreadPoolExecutor(max(1, workers)) as threads:
-        reruns = {threads.submit(_alone, function, task, deadline): task for task, _ in again}
+        reruns = {threads.submit(_alone, function, task, deadline, preload): task for task, _ in again}
         for rerun in as_completed(reruns):
             yield reruns[rerun], rerun.result()
     # What passes alone may have met another's error, but somebody has to be the cause.
@@ -80,8 +86,8 @@ def _call(function: Callable[[Any], Any], task: Any) -> Outcome:
         return Outcome(problem=problem)
 
 
-def _alone(function: Callable[[Any], Any], task: Any, deadline: float) -> Outcome:
-    pool = _pool(1)
+def _alone(function: Callable[[Any], Any], task: Any, deadline: float, preload: Sequence[str]) -> Outcome:
+    pool = _pool(1, preload)
     try:
         return pool.submit(_call, function, task).result(timeout=_left(deadline))
     except BrokenProcessPool:
@@ -92,10 +98,10 @@ def _alone(function: Callable[[Any], Any], task: Any, deadline: float) -> Outcom
         _end(pool)
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+def _pool(workers: int, preload: Sequence[str]) -> ProcessPoolExecutor:
     """Processes that begin with the slow imports done, in a server that has never touched the GPU."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(["torch", "triton", *preload])
     return ProcessPoolExecutor(max(1, workers), mp_context=context)
 
 

@@ -1,17 +1,21 @@
 """Greedy tokens equal transformers' where parts of long prompts skip the paged kernel."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from test_engine_matrix import greedy
+from test_engine_matrix import greedy, run
 from tiny_models import make_model
+
+sys.path.append(str(Path(__file__).parents[1] / "unit/layers/attention"))
+from attention_steps import attend_on_cpu
 
 from atom.config import CompilationConfig, config_from_kwargs
 from atom.layers.attention import long_prompts
 from atom.layers.attention.backends import triton
 from atom.layers.attention.long_prompts import LongPrompts
 from atom.model_engine.engine_client import make_client
-from atom.model_engine.protocol import EngineRequest
-from atom.sampling_params import SamplingParams
 
 LENGTHS = [23, 1, 48, 90, 64, 131, 7, 70, 180, 55]
 SETTINGS = {
@@ -42,12 +46,6 @@ class Recorded(LongPrompts):
         return super().attend(part, *args)
 
 
-def attend_on_cpu(q, k, v, is_causal, scale):
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-    return out, lse.unsqueeze(-1)
-
-
 @pytest.mark.parametrize(("name", "level"), [*((name, 0) for name in SETTINGS), ("chunked", 3)])
 def test_same_tokens(family, name, level, monkeypatch, tmp_path):
     path, prompts, expected = family
@@ -62,15 +60,7 @@ def test_same_tokens(family, name, level, monkeypatch, tmp_path):
     settings |= {"num_kvcache_blocks": 256} | SETTINGS[name]
     compilation = CompilationConfig(level=level, use_inductor=False, cache_dir=str(tmp_path))
     client = make_client(config_from_kwargs(path, compilation_config=compilation, **settings))
-    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    for i, prompt in enumerate(prompts):
-        client.add_request(
-            EngineRequest(request_id=str(i), prompt_token_ids=prompt, sampling_params=params, arrival_time=0.0)
-        )
-    outputs = [[] for _ in prompts]
-    while client.has_unfinished():
-        for out in client.step():
-            outputs[int(out.request_id)] += out.new_token_ids
+    outputs = run(client, prompts, "", 16)
     client.close()
     assert outputs == expected
     assert Recorded.contexts.count(0) >= 4

@@ -40,10 +40,10 @@ def greedy(model, prompt):
     return tokens
 
 
-def run(client, prompts, tag):
+def run(client, prompts, tag, num_output=NUM_OUTPUT):
     outputs = {}
     for i, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT, ignore_eos=True, seed=0)
+        params = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True, seed=0)
         client.add_request(
             EngineRequest(request_id=f"{tag}{i}", prompt_token_ids=prompt, sampling_params=params, arrival_time=0.0)
         )

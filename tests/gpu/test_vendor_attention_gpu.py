@@ -1,14 +1,17 @@
 """FlashInfer and AITER on a GPU: a layer's output and an engine's tokens are those of our Triton kernels."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from engine_cases import MODES, SCHEDULING, engine, request
+from engine_cases import MODES, SCHEDULING, drain, engine, request
+
+sys.path.append(str(Path(__file__).parents[1] / "unit/layers/attention"))
+from attention_steps import prepare_step
 
 from atom.layers.attention.base import AttentionSpec, KVCache
 from atom.layers.attention.registry import get_backend
-from atom.model_engine.input_batch import InputBatch
-from atom.model_engine.protocol import NewRequest, ScheduledBatch
-from atom.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.gpu
 
@@ -37,34 +40,6 @@ def make_spec(name: str, **changes) -> AttentionSpec:
     return spec
 
 
-def prepare(lengths, block_size, device):
-    num_blocks = sum(-(-sum(pair) // block_size) for pair in lengths)
-    free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
-    batch = InputBatch(len(lengths), 4096, block_size, 100, device)
-    for i, (computed, new) in enumerate(lengths):
-        batch.add(
-            NewRequest(
-                request_id=str(i),
-                token_ids=[1] * (computed + new),
-                num_prompt_tokens=computed + new,
-                sampling_params=SamplingParams(),
-                block_ids=[free.pop() for _ in range(-(-(computed + new) // block_size))],
-                num_computed_tokens=computed,
-            )
-        )
-    scheduled = {str(i): new for i, (_, new) in enumerate(lengths)}
-    step = batch.prepare(
-        ScheduledBatch(
-            new_requests=[],
-            new_block_ids={},
-            num_scheduled_tokens=scheduled,
-            removed_request_ids=[],
-            total_tokens=sum(scheduled.values()),
-        )
-    )
-    return step, num_blocks
-
-
 @pytest.mark.parametrize("step_name", STEPS)
 @pytest.mark.parametrize(
     "changes",
@@ -77,7 +52,9 @@ def test_a_layer_gives_what_tritons_does(name, changes, step_name):
         changes = {**changes, "kv_cache_dtype": changes["dtype"]}
     spec = make_spec(name, **changes)
     device = torch.device("cuda", 0)
-    step, num_blocks = prepare(STEPS[step_name], spec.block_size, device)
+    lengths = STEPS[step_name]
+    num_blocks = sum(-(-sum(pair) // spec.block_size) for pair in lengths)
+    step = prepare_step(lengths, spec.block_size, num_blocks, 4096, device)
     generator = torch.Generator(device).manual_seed(1)
 
     def random(*shape):
@@ -139,11 +116,7 @@ def test_an_engines_tokens_are_those_with_triton(name, mode, scheduling, model, 
         with engine(model, MODES[mode], tmp_path / one, **settings) as client:
             for i, prompt in enumerate(prompts):
                 client.add_request(request(i, prompt))
-            outputs: list[list[int]] = [[] for _ in prompts]
-            while client.has_unfinished():
-                for out in client.step():
-                    outputs[int(out.request_id)] += out.new_token_ids
-        answers.append(outputs)
+            answers.append(drain(client, len(prompts)))
     # bfloat16 sums in another order, so now and then another token wins; whatever follows it differs.
     same = sum(a[:8] == b[:8] for a, b in zip(*answers, strict=True))
     assert same >= len(prompts) - 2, f"only {same} of {len(prompts)} answers begin alike"

@@ -1,7 +1,5 @@
 """FlashInfer (https://github.com/flashinfer-ai/flashinfer), where the extra `flashinfer` is installed."""
 
-import importlib
-
 import torch
 
 from atom.utils.packages import missing_reason
@@ -14,11 +12,5 @@ def unavailable_reason() -> str | None:
     """Why FlashInfer can't run here, or None; importing it takes a few seconds."""
     if torch.version.hip is not None:
         return "it runs on NVIDIA GPUs, not on AMD ones"
-    reason = missing_reason("flashinfer-python", AT_LEAST, BELOW, 'pip install "atom-inference[flashinfer]"')
-    if reason is not None:
-        return reason
-    try:
-        importlib.import_module("flashinfer")
-    except Exception as error:  # an incomplete installation raises what it likes
-        return f"flashinfer can't be imported ({type(error).__name__}: {error})".splitlines()[0]
-    return None
+    remedy = 'pip install "atom-inference[flashinfer]"'
+    return missing_reason("flashinfer", "flashinfer-python", AT_LEAST, BELOW, remedy)

@@ -167,7 +167,6 @@ def _decode_kernel(
         if begin >= end:
             return
     else:
-        length = seq_len
         begin = first
         end = seq_len
     group = tl.arange(0, HEADS)

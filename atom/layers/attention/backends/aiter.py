@@ -4,7 +4,7 @@ import torch
 
 from atom.kernels import unavailable_reason
 from atom.kernels.aiter import attention as kernels
-from atom.layers.attention.backends.paged import PagedAttentionBackend
+from atom.layers.attention.backends.paged import PagedAttentionBackend, vendor_dtype_reasons
 from atom.layers.attention.base import AttentionMetadata, AttentionSpec, KVCache
 
 _BLOCK_SIZE = 16  # the only one that both kernels take
@@ -30,10 +30,7 @@ class AiterAttentionBackend(PagedAttentionBackend):
             reasons.append(f"it runs on an AMD GPU, not on a {device_type.upper()}")
         elif torch.version.hip is not None and torch.cuda.is_available():
             reasons += machine_reasons(torch.cuda.get_device_properties().gcnArchName, torch.version.hip)
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            reasons.append(f"it computes in bfloat16 or float16, not in {_name(spec.dtype)}")
-        if spec.kv_cache_dtype != spec.dtype:
-            reasons.append(f"its {_name(spec.kv_cache_dtype)} caches have one scale, ATOM's one a token and head")
+        reasons += vendor_dtype_reasons(spec)
         if spec.block_size != _BLOCK_SIZE:
             reasons.append(f"kv_cache_block_size={spec.block_size} is not {_BLOCK_SIZE}")
         if spec.head_dim != _HEAD_DIM:
@@ -85,7 +82,3 @@ def machine_reasons(architecture: str, rocm: str) -> list[str]:
         # AITER's own tests leave this out: the compiler makes a wrong kernel for causal attention.
         return [f"ROCm {rocm} compiles its prompt kernel wrongly for {chip}; another ROCm is needed"]
     return []
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

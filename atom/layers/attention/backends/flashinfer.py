@@ -8,7 +8,7 @@ import torch
 
 from atom.kernels import unavailable_reason
 from atom.kernels.flashinfer import attention as kernels
-from atom.layers.attention.backends.paged import PagedAttentionBackend
+from atom.layers.attention.backends.paged import PagedAttentionBackend, vendor_dtype_reasons
 from atom.layers.attention.base import AttentionMetadata, AttentionSpec, KVCache, StepPlanner
 
 _HEAD_DIMS = (64, 128, 256)  # of which both its FlashAttention-2 and its FlashAttention-3 kernels exist
@@ -37,10 +37,7 @@ class FlashInferAttentionBackend(PagedAttentionBackend):
             reasons.append(f"it runs on an NVIDIA GPU, not on a {device_type.upper()}")
         elif torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
             reasons.append("it needs compute capability 8.0 or newer")
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            reasons.append(f"it computes in bfloat16 or float16, not in {_name(spec.dtype)}")
-        if spec.kv_cache_dtype != spec.dtype:
-            reasons.append(f"its {_name(spec.kv_cache_dtype)} caches have one scale, ATOM's one a token and head")
+        reasons += vendor_dtype_reasons(spec)
         if spec.head_dim not in _HEAD_DIMS:
             reasons.append(f"head_dim={spec.head_dim} is not one of {', '.join(map(str, _HEAD_DIMS))}")
         reason = unavailable_reason("flashinfer")
@@ -195,7 +192,3 @@ def _pinned(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A host tensor that copies to the device without waiting; a new one, as an earlier one may still be read."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

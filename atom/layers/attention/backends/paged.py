@@ -90,3 +90,14 @@ class PagedAttentionBackend(AttentionBackend):
             cache.k_scale,
             cache.v_scale,
         )
+
+
+def vendor_dtype_reasons(spec: AttentionSpec) -> list[str]:
+    """Why the types of a spec are none that the vendors' packages have kernels for."""
+    dtype, cache_dtype = (str(d).removeprefix("torch.") for d in (spec.dtype, spec.kv_cache_dtype))
+    reasons = []
+    if spec.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"it computes in bfloat16 or float16, not in {dtype}")
+    if spec.kv_cache_dtype != spec.dtype:
+        reasons.append(f"its {cache_dtype} caches have one scale, ATOM's one a token and head")
+    return reasons

@@ -3,19 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from attention_steps import DIM, HEADS, KV_HEADS, attend_on_cpu, compare_step, prepare_step
 
 pytest.importorskip("triton")
 
 from atom.layers.attention import long_prompts
 from atom.layers.attention.backends import triton
 from atom.layers.attention.backends.torch import TorchAttentionBackend
-from atom.layers.attention.base import AttentionSpec, KVCache, LongPart, PackedRotation
+from atom.layers.attention.base import AttentionSpec, LongPart
 from atom.layers.attention.long_prompts import LongPrompts
-from atom.model_engine.input_batch import InputBatch
-from atom.model_engine.protocol import NewRequest, ScheduledBatch
-from atom.sampling_params import SamplingParams
 
-HEADS, KV_HEADS, DIM, NUM_BLOCKS, PADDING = 4, 2, 32, 60, 3
+NUM_BLOCKS = 60
 SMALL = LongPrompts(shortest=12, step=8, long_from=40, long_step=16, piece=32)
 # (cached tokens, new ones) of each request in a step
 STEPS = {
@@ -30,38 +28,8 @@ STEPS = {
 }
 
 
-def attend_on_cpu(q, k, v, is_causal, scale):
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-    return out, lse.unsqueeze(-1)
-
-
 def prepare(lengths, block_size, cut):
-    generator = torch.Generator().manual_seed(0)
-    free = torch.randperm(NUM_BLOCKS, generator=generator).tolist()
-    batch = InputBatch(len(lengths), 192, block_size, 100, torch.device("cpu"), cut)
-    for i, (computed, new) in enumerate(lengths):
-        batch.add(
-            NewRequest(
-                request_id=str(i),
-                token_ids=[1] * (computed + new),
-                num_prompt_tokens=computed + new,
-                sampling_params=SamplingParams(),
-                block_ids=[free.pop() for _ in range(-(-(computed + new) // block_size))],
-                num_computed_tokens=computed,
-            )
-        )
-    scheduled = {str(i): new for i, (_, new) in enumerate(lengths)}
-    return batch.prepare(
-        ScheduledBatch(
-            new_requests=[],
-            new_block_ids={},
-            num_scheduled_tokens=scheduled,
-            removed_request_ids=[],
-            total_tokens=sum(scheduled.values()),
-        )
-    )
+    return prepare_step(lengths, block_size, NUM_BLOCKS, long_prompts=cut)
 
 
 @pytest.mark.parametrize(("block_size", "packed"), [(16, True), (48, False), (64, False)])
@@ -81,32 +49,8 @@ def test_a_cut_step_equals_the_reference(name, packed, block_size, monkeypatch):
     assert ours.long_prompts is None
     ours.long_prompts = SMALL
     step = prepare(STEPS[name], block_size, SMALL)
+    compare_step(ours, TorchAttentionBackend(spec), step, NUM_BLOCKS, packed)
     metadata = step.metadata
-    num_tokens = len(step.positions)
-    # As with CUDA graphs for pieces of the model, tokens may follow that are none.
-    metadata.slot_mapping = torch.cat([metadata.slot_mapping, torch.full((PADDING,), -1)])
-    positions = torch.cat([step.positions, torch.zeros(PADDING, dtype=torch.int64)])
-    generator = torch.Generator().manual_seed(1)
-    qkv = torch.randn(num_tokens + PADDING, HEADS + 2 * KV_HEADS, DIM, generator=generator)
-    caches = [torch.randn(NUM_BLOCKS, block_size, KV_HEADS, DIM, generator=generator) for _ in "kv"]
-    outputs = []
-    for backend in (TorchAttentionBackend(spec), ours):
-        cache = KVCache(*(c.clone() for c in caches))
-        output = torch.full((num_tokens + PADDING, HEADS, DIM), 7.0)
-        if packed:
-            angle = torch.arange(192)[:, None] * 0.7 ** torch.arange(DIM // 2)
-            rotation = PackedRotation(
-                cos_sin_cache=torch.cat([angle.cos(), angle.sin()], 1),
-                interleaved=False,
-                q_weight=None,
-                k_weight=None,
-                eps=0.0,
-            )
-            backend.forward_packed(qkv, positions, rotation, cache, metadata, output)
-        else:
-            backend.forward(*qkv.split([HEADS, KV_HEADS, KV_HEADS], 1), cache, metadata, output)
-        outputs.append(output[:num_tokens])
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
     # As much as the rule says goes another way, and the paged kernel doesn't attend from it as well.
     expected = sorted(found for computed, new in STEPS[name] if (found := SMALL.find(new, computed)[1]))
     assert sorted(part.length for part in metadata.long_parts) == expected

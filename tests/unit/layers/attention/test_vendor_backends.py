@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import vendor_fakes
+from attention_steps import DIM, HEADS, KV_HEADS, MAX_LEN, compare_step, make_cache, prepare_step
 
 pytest.importorskip("triton")
 
@@ -22,12 +23,9 @@ from atom.kernels.flashinfer.attention import workspace_bytes
 from atom.layers.attention.backends.aiter import AiterAttentionBackend, machine_reasons
 from atom.layers.attention.backends.flashinfer import FlashInferAttentionBackend, count_pages, list_pages
 from atom.layers.attention.backends.torch import TorchAttentionBackend
-from atom.layers.attention.base import AttentionSpec, KVCache, PackedRotation
+from atom.layers.attention.base import AttentionSpec
 from atom.layers.attention.registry import select_backend
 from atom.model_engine.graph_runner import GraphRunner
-from atom.model_engine.input_batch import InputBatch
-from atom.model_engine.protocol import NewRequest, ScheduledBatch
-from atom.sampling_params import SamplingParams
 from atom.utils import packages
 from atom.utils.errors import ConfigError
 
@@ -39,7 +37,7 @@ def plain_cache_writes(monkeypatch):
         monkeypatch.setattr(backend, "kernel_backends", ("torch",))
 
 
-HEADS, KV_HEADS, DIM, NUM_BLOCKS, MAX_LEN, PADDING = 4, 2, 32, 800, 192, 3
+NUM_BLOCKS = 800
 # (cached tokens, new ones) of each request in a step
 STEPS = {
     "decodes": [(8, 1), (64, 1), (15, 1), (0, 1), (63, 1)],
@@ -64,61 +62,7 @@ def make_spec(**changes) -> AttentionSpec:
 
 
 def prepare(lengths, block_size):
-    free = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(0)).tolist()
-    batch = InputBatch(len(lengths), MAX_LEN, block_size, 100, torch.device("cpu"))
-    for i, (computed, new) in enumerate(lengths):
-        batch.add(
-            NewRequest(
-                request_id=str(i),
-                token_ids=[1] * (computed + new),
-                num_prompt_tokens=computed + new,
-                sampling_params=SamplingParams(),
-                block_ids=[free.pop() for _ in range(-(-(computed + new) // block_size))],
-                num_computed_tokens=computed,
-            )
-        )
-    scheduled = {str(i): new for i, (_, new) in enumerate(lengths)}
-    return batch.prepare(
-        ScheduledBatch(
-            new_requests=[],
-            new_block_ids={},
-            num_scheduled_tokens=scheduled,
-            removed_request_ids=[],
-            total_tokens=sum(scheduled.values()),
-        )
-    )
-
-
-def make_cache(block_size, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    return KVCache(*(torch.randn(NUM_BLOCKS, block_size, KV_HEADS, DIM, generator=generator) for _ in "kv"))
-
-
-def compare_step(backend, reference, step, packed):
-    """Tokens that are none follow the step's, as with CUDA graphs for pieces of the model."""
-    metadata, num_tokens = step.metadata, len(step.positions)
-    metadata.slot_mapping = torch.cat([metadata.slot_mapping, torch.full((PADDING,), -1)])
-    positions = torch.cat([step.positions, torch.zeros(PADDING, dtype=torch.int64)])
-    generator = torch.Generator().manual_seed(1)
-    qkv = torch.randn(num_tokens + PADDING, HEADS + 2 * KV_HEADS, DIM, generator=generator)
-    outputs = []
-    for one in (reference, backend):
-        cache = make_cache(backend.spec.block_size)
-        output = torch.full((num_tokens + PADDING, HEADS, DIM), 7.0)
-        if packed:
-            angle = torch.arange(MAX_LEN)[:, None] * 0.7 ** torch.arange(DIM // 2)
-            rotation = PackedRotation(
-                cos_sin_cache=torch.cat([angle.cos(), angle.sin()], 1),
-                interleaved=False,
-                q_weight=None,
-                k_weight=None,
-                eps=0.0,
-            )
-            one.forward_packed(qkv, positions, rotation, cache, metadata, output)
-        else:
-            one.forward(*qkv.split([HEADS, KV_HEADS, KV_HEADS], 1), cache, metadata, output)
-        outputs.append(output[:num_tokens])
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    return prepare_step(lengths, block_size, NUM_BLOCKS)
 
 
 @pytest.mark.parametrize("window", [0, 9])
@@ -132,7 +76,7 @@ def test_flashinfer_equals_the_reference(name, block_size, window, monkeypatch):
     for packed in (False, True):
         step = prepare(STEPS[name], block_size)
         backend.planner.plan(step.metadata)
-        compare_step(backend, TorchAttentionBackend(spec), step, packed)
+        compare_step(backend, TorchAttentionBackend(spec), step, NUM_BLOCKS, packed)
     # Wrappers are kept, and one plan does for both kinds of a step at most.
     kinds = {new == 1 for _, new in STEPS[name]}
     assert [w.num_plans for w in vendor_fakes.PagedWrapper.made] == [2] * len(kinds)
@@ -145,7 +89,7 @@ def test_aiter_equals_the_reference(name, window, monkeypatch):
     spec = make_spec(sliding_window=window)
     for packed in (False, True):
         backend = AiterAttentionBackend(spec)
-        compare_step(backend, TorchAttentionBackend(spec), prepare(STEPS[name], 16), packed)
+        compare_step(backend, TorchAttentionBackend(spec), prepare(STEPS[name], 16), NUM_BLOCKS, packed)
 
 
 class Replays(GraphCapturer):
@@ -163,7 +107,7 @@ class TwoKinds:
         self.layers = {}
         for i, window in enumerate((0, 9, 0)):
             backend = backend_class(make_spec(block_size=block_size, sliding_window=window))
-            self.layers[str(i)] = SimpleNamespace(backend=backend, cache=make_cache(block_size, seed=i))
+            self.layers[str(i)] = SimpleNamespace(backend=backend, cache=make_cache(NUM_BLOCKS, block_size, seed=i))
 
     def __call__(self, input_ids, positions):
         total = torch.zeros(len(positions), HEADS * DIM)
