@@ -33,7 +33,7 @@ def make_core(directory: str, batch: int) -> EngineCore:
     return EngineCore(
         config_from_kwargs(
             directory, device="cpu", load_dummy=True, torch_dtype="float32", max_num_seqs=batch, max_model_len=4096,
-            max_num_batched_tokens=65536, num_kvcache_blocks=batch * 64,
+            max_num_batched_tokens=65536, num_kvcache_blocks=max(batch * 64, 256),
         )
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from atom.model_engine.profiler import Profiler
 from atom.model_engine.prompt_logprobs import PromptLogprobs
 from atom.model_engine.protocol import ModelOutput, ScheduledBatch, TokenLogprobs
 from atom.model_engine.sampling import SamplingState, to_token_logprobs, worst_case_metadata
+from atom.model_engine.static_inputs import StaticInputs
 from atom.model_engine.warm_up import warm_up
 from atom.model_loader.loader import load_model
 from atom.model_loader.progress import ProgressBar
@@ -75,6 +76,7 @@ class ModelRunner:
             num_blocks, plan = self.get_num_blocks()
             self.kv_cache_config = kv_cache.allocate(self.attention_layers, num_blocks, self.device)
         cuts = (layer.backend.long_prompts for layer in self.attention_layers)
+        static = self._make_static_inputs()
         self.batch = InputBatch(
             config.max_num_seqs,
             self._max_model_len,
@@ -82,10 +84,11 @@ class ModelRunner:
             self.vocab_size,
             self.device,
             next(filter(None, cuts), None),
+            static,
         )
         self.sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.device)
         with startup.phase("capture"):
-            self.graph_runner = self._make_graph_runner()
+            self.graph_runner = self._make_graph_runner(static)
         if self.platform.device_type != "cpu":
             started = time.perf_counter()
             with startup.phase("warm up"):
@@ -164,12 +167,12 @@ class ModelRunner:
         step = self.batch.prepare(batch)
         hidden = self.graph_runner.run(step)
         prompt_logprobs = self._collect_prompt_logprobs(step, hidden)
-        if not len(step.sampling):
+        rows = step.sampled_rows
+        if not len(rows):
             self.batch.advance(step, None)
             return lambda: ModelOutput(sampled_token_ids={})
-        if len(step.sampling) != len(hidden):
+        if len(rows) != len(hidden):
             hidden = hidden[step.logits_indices]
-        rows = step.rows[step.sampling]
         metadata = self.sampling.build(rows)
         if batch.token_masks:
             metadata = self._with_masks(metadata, step.request_ids, batch.token_masks)
@@ -253,8 +256,8 @@ class ModelRunner:
         compilation = self.config.compilation_config
         return compilation.level > 0 and compilation.use_inductor and self.platform.device_type != "cpu"
 
-    def _make_graph_runner(self) -> GraphRunner:
-        """Capture CUDA graphs where the platform has them; otherwise every step runs plainly."""
+    def _make_static_inputs(self) -> StaticInputs | None:
+        """What CUDA graphs read, for the sizes to capture; None where there are none, and every step runs plainly."""
         config = self.config
         mode = config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
         if not self.platform.has_graphs:
@@ -268,27 +271,37 @@ class ModelRunner:
             logger.warning("cudagraph_mode: %s -> %s, as attention backend %s allows", mode.name, possible.name, names)
             mode = possible
         sizes = [] if mode is CUDAGraphMode.NONE else config.graph_bs or []
+        if not sizes:
+            return None
+        return StaticInputs(
+            self.platform,
+            GraphDispatcher(mode, sizes),
+            config.max_num_seqs,
+            self._max_model_len,
+            config.kv_cache_block_size,
+        )
+
+    def _make_graph_runner(self, static: StaticInputs | None) -> GraphRunner:
+        """Capture CUDA graphs, if there are to be any."""
         runner = GraphRunner(
             self.forward,
             self.layers,
-            GraphDispatcher(mode, sizes),
+            static,
             make_capturer(self.platform.has_graphs),
-            max_model_len=self._max_model_len,
-            block_size=config.kv_cache_block_size,
-            copy_inputs=config.compilation_config.cudagraph_copy_inputs,
-            device=self.device,
+            copy_inputs=self.config.compilation_config.cudagraph_copy_inputs,
         )
-        if sizes:
+        if static is not None:
+            dispatcher = static.dispatcher
             started, (free_before, _) = time.perf_counter(), self.platform.memory()
-            count = len(runner.dispatcher.captures())
+            count = len(dispatcher.captures())
             with torch.inference_mode(), ProgressBar("Capturing CUDA graphs", count, in_bytes=False) as bar:
                 runner.capture(bar.advance)
             self.platform.synchronize()
             logger.info(
                 "CUDA graphs: %d captured (%s, sizes %s) in %.1f s, %.2f GiB",
                 count,
-                mode.name,
-                sizes,
+                dispatcher.mode.name,
+                dispatcher.sizes,
                 time.perf_counter() - started,
                 (free_before - self.platform.memory()[0]) / 2**30,
             )

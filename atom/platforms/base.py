@@ -6,6 +6,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 
+class Fence:
+    """A place in the device's queue of work. On a device that works at once it is always behind."""
+
+    def record(self) -> None:
+        """Move it behind all work queued so far."""
+
+    def is_passed(self) -> bool:
+        """Whether the device has done all work before it; never waits."""
+        return True
+
+
 class Platform(ABC):
     """Facts about a kind of device and the few calls that differ between kinds."""
 
@@ -41,6 +52,13 @@ class Platform(ABC):
     def peak_memory(self) -> int:
         """Bytes allocated at the highest point since `reset_peak_memory`, beyond those then; 0 = not measured."""
         return 0
+
+    def make_fence(self) -> Fence:
+        return Fence()
+
+    def host_buffer(self, num_bytes: int) -> torch.Tensor:
+        """uint8 on the host, that copies to the device without waiting; not initialized."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def copy_to_host(self, tensors: Sequence[torch.Tensor | None]) -> Callable[[], list[torch.Tensor | None]]:
         """Start copying; the call returned waits for the copies and hands them out."""

@@ -117,6 +117,18 @@ def test_graph_modes(checkpoint, expected, level, mode, copy_inputs, monkeypatch
     assert (capturer.num_replays > capturer.num_captured) == (mode != "NONE")
 
 
+@pytest.mark.parametrize("mode", ["NONE", "FULL", "FULL_AND_PIECEWISE"])
+def test_graphs_with_overlapping_steps(checkpoint, expected, mode, monkeypatch, tmp_path):
+    """The next step is prepared before the host knows the tokens that go into it."""
+    capturer = RecordingCapturer()
+    monkeypatch.setattr(CpuPlatform, "has_graphs", True)
+    monkeypatch.setattr(model_runner, "make_capturer", lambda _: capturer)
+    monkeypatch.setattr(model_runner.ModelRunner, "max_in_flight", 2)
+    settings = {"cudagraph_capture_sizes": [1, 2, 4, 16], "use_inductor": False, "cache_dir": str(tmp_path)}
+    level = 3 if mode == "FULL_AND_PIECEWISE" else 0
+    assert run(checkpoint, level=level, cudagraph_mode=mode, **settings) == expected
+
+
 def test_debug_dump_is_readable(checkpoint, tmp_path):
     run(checkpoint, level=3, use_inductor=False, cache_dir=str(tmp_path / "c"), debug_dump_path=str(tmp_path / "dump"))
     names = {path.name for path in (tmp_path / "dump").iterdir()}

@@ -46,7 +46,7 @@ def test_a_mixed_step_puts_decodes_first_and_finds_every_slot():
     assert meta.block_table.tolist() == [[7, 0], [5, 2]]
     assert (meta.num_decodes, meta.max_query_len, meta.max_seq_len) == (1, 4, 5)
     # The prompt has a token left, so only the decode samples.
-    assert step.sampling.tolist() == [0]
+    assert [batch.request_ids[r] for r in step.sampled_rows] == ["decode"]
     assert step.logits_indices.tolist() == [0]
 
 

@@ -10,10 +10,12 @@ from atom.sampling_params import SamplingParams
 HEADS, KV_HEADS, DIM, MAX_LEN, PADDING = 4, 2, 32, 192, 3
 
 
-def prepare_step(lengths, block_size, num_blocks, max_len=MAX_LEN, device="cpu", long_prompts=None) -> StepInput:
-    """lengths: (cached tokens, new ones) of each request; their blocks are any of num_blocks."""
+def prepare_step(
+    lengths, block_size, num_blocks, max_len=MAX_LEN, device="cpu", long_prompts=None, static=None
+) -> StepInput:
+    """lengths: (cached tokens, new ones) of each request; their blocks are any of num_blocks. static: StaticInputs."""
     free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
-    batch = InputBatch(len(lengths), max_len, block_size, 100, torch.device(device), long_prompts)
+    batch = InputBatch(len(lengths), max_len, block_size, 100, torch.device(device), long_prompts, static)
     for i, (computed, new) in enumerate(lengths):
         batch.add(
             NewRequest(

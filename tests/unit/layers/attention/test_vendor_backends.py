@@ -26,6 +26,8 @@ from atom.layers.attention.backends.torch import TorchAttentionBackend
 from atom.layers.attention.base import AttentionSpec
 from atom.layers.attention.registry import select_backend
 from atom.model_engine.graph_runner import GraphRunner
+from atom.model_engine.static_inputs import StaticInputs
+from atom.platforms.cpu import CpuPlatform
 from atom.utils import packages
 from atom.utils.errors import ConfigError
 
@@ -61,8 +63,8 @@ def make_spec(**changes) -> AttentionSpec:
     return AttentionSpec(**{**fields, **changes})
 
 
-def prepare(lengths, block_size):
-    return prepare_step(lengths, block_size, NUM_BLOCKS)
+def prepare(lengths, block_size, static=None):
+    return prepare_step(lengths, block_size, NUM_BLOCKS, static=static)
 
 
 @pytest.mark.parametrize("window", [0, 9])
@@ -122,21 +124,16 @@ class TwoKinds:
 
 
 def make_runner(backend_class, block_size, sizes):
+    """A runner, and where its steps are to be written."""
     model = TwoKinds(backend_class, block_size)
-    mode = CUDAGraphMode.FULL_DECODE_ONLY if sizes else CUDAGraphMode.NONE
-    runner = GraphRunner(
-        model,
-        model.layers,
-        GraphDispatcher(mode, sizes),
-        Replays(),
-        max_model_len=MAX_LEN,
-        block_size=block_size,
-        copy_inputs=False,
-        device=torch.device("cpu"),
-    )
+    static = None
+    if sizes:
+        dispatcher = GraphDispatcher(CUDAGraphMode.FULL_DECODE_ONLY, sizes)
+        static = StaticInputs(CpuPlatform(), dispatcher, 8, MAX_LEN, block_size)
+    runner = GraphRunner(model, model.layers, static, Replays(), copy_inputs=False)
     if sizes:
         runner.capture()
-    return runner
+    return runner, static
 
 
 @pytest.mark.parametrize(
@@ -151,8 +148,8 @@ def make_runner(backend_class, block_size, sizes):
 def test_captured_decodes_equal_the_reference(backend_class, block_size, monkeypatch):
     vendor_fakes.install_flashinfer(monkeypatch)
     vendor_fakes.install_aiter(monkeypatch)
-    runner = make_runner(backend_class, block_size, [1, 2, 4])
-    reference = make_runner(TorchAttentionBackend, block_size, [])
+    runner, static = make_runner(backend_class, block_size, [1, 2, 4])
+    reference, _ = make_runner(TorchAttentionBackend, block_size, [])
     steps = [
         [(8, 1), (100, 1), (31, 1)],  # padded
         [(190, 1), (191, 1), (180, 1), (175, 1)],
@@ -162,18 +159,19 @@ def test_captured_decodes_equal_the_reference(backend_class, block_size, monkeyp
         [(1, 1)] * 6,  # more than the largest
     ]
     for lengths in steps:
-        got, want = (r.run(prepare(lengths, block_size)).clone() for r in (runner, reference))
+        want = reference.run(prepare(lengths, block_size))
+        got = runner.run(prepare(lengths, block_size, static))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_alike_share_plans(monkeypatch):
     vendor_fakes.install_flashinfer(monkeypatch)
-    runner = make_runner(FlashInferAttentionBackend, 16, [2, 4])
+    runner, static = make_runner(FlashInferAttentionBackend, 16, [2, 4])
     graphs = list(vendor_fakes.PagedWrapper.made)
     assert [(w.graph_size, w.window_left) for w in graphs] == [(4, -1), (4, 8), (2, -1), (2, 8)]
     addresses = [[b.data_ptr() for b in w.buffers] for w in graphs]
-    runner.run(prepare([(8, 1), (100, 1), (31, 1)], 16))
-    runner.run(prepare([(8, 1), (9, 30)], 16))
+    runner.run(prepare([(8, 1), (100, 1), (31, 1)], 16, static))
+    runner.run(prepare([(8, 1), (9, 30)], 16, static))
     assert [w.num_plans for w in graphs] == [2, 2, 1, 1]
     others = vendor_fakes.PagedWrapper.made[len(graphs) :]
     assert [(w.num_plans, w.window_left) for w in others] == [(1, -1), (1, -1), (1, 8), (1, 8)]
