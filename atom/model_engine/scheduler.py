@@ -125,14 +125,19 @@ class Scheduler:
         decoding: list[tuple[Sequence, int]] = []
         prefilling: list[tuple[Sequence, int]] = []
         for seq in self._running:
-            if not (seq.num_pending_tokens and self._must_wait(seq)):
-                uncomputed = seq.num_uncomputed_tokens
-                (decoding if uncomputed == 1 else prefilling).append((seq, uncomputed))
+            pending = seq.num_pending_tokens
+            num_tokens = len(seq.token_ids) + pending
+            # Tokens on their way may be the last it can have, or tell what may follow.
+            if pending and (num_tokens >= seq.max_num_tokens or seq.grammar is not None):
+                continue
+            uncomputed = num_tokens - seq.num_computed_tokens
+            (decoding if uncomputed == 1 else prefilling).append((seq, uncomputed))
         block_size = self.blocks.block_size
+        running = SequenceStatus.RUNNING
         for seq, uncomputed in decoding + prefilling:
             if budget == 0:
                 break
-            if seq.status is not SequenceStatus.RUNNING:
+            if preempted and seq.status is not running:
                 continue  # preempted below for the sake of an earlier one
             count = uncomputed if uncomputed < budget else budget
             end = seq.num_computed_tokens + count
@@ -194,11 +199,11 @@ class Scheduler:
         if not scheduled:
             self._removed = removed
             return None
-        for request_id, seq in sequences.items():
-            seq.num_computed_tokens += scheduled[request_id]
-            if seq.num_uncomputed_tokens == 0:
-                seq.num_pending_tokens += 1
         step = list(sequences.values())
+        for seq, count in zip(step, scheduled.values(), strict=True):
+            seq.num_computed_tokens = computed = seq.num_computed_tokens + count
+            if computed == len(seq.token_ids) + seq.num_pending_tokens:
+                seq.num_pending_tokens += 1
         self._in_flight.append(_Step(step, self._clock(), has_prefill))
         return ScheduledBatch(
             new_requests=new,
@@ -220,22 +225,24 @@ class Scheduler:
             self._last_prefill_seconds = self._clock() - step.started
         results: list[EngineOutput] = []
         block_size = self.blocks.block_size
+        sampled_token_ids, errors = output.sampled_token_ids, output.errors
+        running, finished = SequenceStatus.RUNNING, SequenceStatus.FINISHED
         for seq in step.sequences:
-            if seq.status is SequenceStatus.FINISHED:
+            if seq.status is finished:
                 continue  # ended or aborted while the step ran
             request_id = seq.request_id
-            if output.errors and (error := output.errors.get(request_id)) is not None:
+            if errors and (error := errors.get(request_id)) is not None:
                 results.append(
                     EngineOutput(request_id=request_id, new_token_ids=[], finish_reason="error", error=error)
                 )
                 self._finish(seq)
                 continue
-            sampled = output.sampled_token_ids.get(request_id)
+            sampled = sampled_token_ids.get(request_id)
             if sampled:
                 seq.num_pending_tokens -= 1
                 results.append(self._take_tokens(seq, sampled, output))
             full = seq.num_computed_tokens >= (seq.num_registered_blocks + 1) * block_size
-            if full and seq.status is SequenceStatus.RUNNING:
+            if full and seq.status is running:
                 self.blocks.register_computed(seq)
         return results
 
@@ -280,10 +287,6 @@ class Scheduler:
             if num_known >= seq.max_num_tokens:
                 return sampled[:i], "length", None
         return sampled, None, None
-
-    def _must_wait(self, seq: Sequence) -> bool:
-        """Of one with tokens still on their way: whether they are the last it can have, or tell what may follow."""
-        return seq.grammar is not None or seq.num_tokens >= seq.max_num_tokens
 
     def _may_admit(self, seq: Sequence) -> bool:
         """With a delay factor f, a prompt waits while others run until f x the last prefill's duration is over.
