@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from atom.kernels.triton.launcher import Launcher
 from atom.kernels.triton.numerics import round_to
 
 _BLOCK = 1024
@@ -22,6 +23,9 @@ def _silu_and_mul_kernel(x, out, stride, size, BLOCK: tl.constexpr):
     tl.store(out + row * size + columns, round_to(activated * up.to(tl.float32), gate.dtype), mask=inside)
 
 
+_launch_silu_and_mul = Launcher(_silu_and_mul_kernel)
+
+
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """`atom.kernels.torch.activation.silu_and_mul`."""
     if x.stride(-1) != 1 or (x.dim() != 2 and not x.is_contiguous()):
@@ -31,5 +35,6 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     num_rows = x.numel() // (2 * size)
     if num_rows:
         stride = x.stride(-2) if x.dim() > 1 else 2 * size
-        _silu_and_mul_kernel[(num_rows, triton.cdiv(size, _BLOCK))](x, out, stride, size, _BLOCK, num_warps=4)
+        grid = num_rows, triton.cdiv(size, _BLOCK), 1
+        _launch_silu_and_mul(grid, (x, out), (stride, size), (_BLOCK,), num_warps=4)
     return out

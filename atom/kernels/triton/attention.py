@@ -21,6 +21,7 @@ from atom.kernels.triton.launch import (
     overlap_options,
     prefill_tile,
 )
+from atom.kernels.triton.launcher import Launcher
 from atom.kernels.triton.numerics import dot, round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
@@ -418,6 +419,12 @@ def _prefill_kernel(
     tl.store(target, round_to(acc, output.dtype.element_ty), mask=inside)
 
 
+_launch_decode = Launcher(_decode_kernel)
+_launch_decode_rows = Launcher(decode_rows_kernel)
+_launch_merge = Launcher(_merge_kernel)
+_launch_prefill = Launcher(_prefill_kernel)
+
+
 def paged_attention(
     query: torch.Tensor,
     k_cache: torch.Tensor,
@@ -472,69 +479,23 @@ def paged_attention(
         if splits > 1:
             parts = torch.empty((num_decodes, num_heads, splits, head_dim), dtype=torch.float32, device=query.device)
             parts_log = torch.empty((num_decodes, num_heads, splits), dtype=torch.float32, device=query.device)
-        operands = (
-            query,
-            k_cache,
-            v_cache,
-            k_scale,
-            v_scale,
-            seq_lens,
-            block_table,
-            output,
-            parts,
-            parts_log,
-            scale,
-            table_stride,
-            splits,
-            *strides,
-        )
+        grid = num_kv_heads, num_decodes, splits
+        pointers = query, k_cache, v_cache, k_scale, v_scale, seq_lens, block_table, output, parts, parts_log
+        numbers = scale, table_stride, splits, *strides
+        sizes = tile.columns, least, block_size, head_dim, padded, sliding_window
         if by_rows:
-            decode_rows_kernel[(num_kv_heads, num_decodes, splits)](
-                *operands,
-                group,
-                tile.columns,
-                least,
-                block_size,
-                head_dim,
-                padded,
-                sliding_window,
-                splits > 1,
-                tile.num_stages,
-                num_warps=tile.num_warps,
-                **overlap,
-            )
+            constants: tuple[int, ...] = (group, *sizes, splits > 1, tile.num_stages)
+            _launch_decode_rows(grid, pointers, numbers, constants, num_warps=tile.num_warps, **overlap)
         else:
-            _decode_kernel[(num_kv_heads, num_decodes, splits)](
-                *operands,
-                group,
-                max(tile.rows, next_power_of_2(group)),
-                tile.columns,
-                least,
-                block_size,
-                head_dim,
-                padded,
-                sliding_window,
-                scaled,
-                splits > 1,
-                tile.num_stages,
-                num_warps=tile.num_warps,
-                **overlap,
-            )
+            rows = max(tile.rows, next_power_of_2(group))
+            constants = (group, rows, *sizes, scaled, splits > 1, tile.num_stages)
+            _launch_decode(grid, pointers, numbers, constants, num_warps=tile.num_warps, **overlap)
         if splits > 1:
-            _merge_kernel[(num_heads, num_decodes)](
-                parts,
-                parts_log,
-                seq_lens,
-                output,
-                splits,
-                output.stride(0),
-                output.stride(1),
-                tile.columns,
-                least,
-                head_dim,
-                padded,
-                sliding_window,
-                _PARTS,
+            _launch_merge(
+                (num_heads, num_decodes, 1),
+                (parts, parts_log, seq_lens, output),
+                (splits, output.stride(0), output.stride(1)),
+                (tile.columns, least, head_dim, padded, sliding_window, _PARTS),
                 num_warps=2,
                 **overlap,
             )
@@ -549,30 +510,11 @@ def paged_attention(
         rows = max(rows, next_power_of_2(group))
         tokens = rows // group
         num_tiles = (query.shape[0] - num_decodes) // tokens + num_requests - num_decodes
-        _prefill_kernel[(num_kv_heads, num_tiles)](
-            query,
-            k_cache,
-            v_cache,
-            k_scale,
-            v_scale,
-            query_start_loc,
-            seq_lens,
-            block_table,
-            output,
-            scale,
-            table_stride,
-            num_decodes,
-            num_requests,
-            *strides,
-            group,
-            rows,
-            tile.columns,
-            block_size,
-            head_dim,
-            padded,
-            sliding_window,
-            scaled,
-            tile.num_stages,
+        _launch_prefill(
+            (num_kv_heads, num_tiles, 1),
+            (query, k_cache, v_cache, k_scale, v_scale, query_start_loc, seq_lens, block_table, output),
+            (scale, table_stride, num_decodes, num_requests, *strides),
+            (group, rows, tile.columns, block_size, head_dim, padded, sliding_window, scaled, tile.num_stages),
             num_warps=warps,
         )
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.launch import next_power_of_2
+from atom.kernels.triton.launcher import Launcher
 from atom.kernels.triton.numerics import round_to
 
 _HEADS = 8  # a program's
@@ -117,6 +118,9 @@ def _store_kv_kernel(
         )
 
 
+_launch_store_kv = Launcher(_store_kv_kernel)
+
+
 def store_kv(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -134,23 +138,16 @@ def store_kv(
     assert value.stride(2) == 1
     if not tokens:
         return
-    _store_kv_kernel[(tokens, 2 * triton.cdiv(num_heads, _HEADS))](
-        key,
-        value,
-        k_cache,
-        v_cache,
-        k_scale,
-        v_scale,
-        slot_mapping,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        SMALLEST_AMAX,
-        num_heads,
-        head_dim,
-        next_power_of_2(head_dim),
-        min(_HEADS, next_power_of_2(num_heads)),
-        0.0 if k_scale is None else torch.finfo(k_cache.dtype).max,
+    _launch_store_kv(
+        (tokens, 2 * triton.cdiv(num_heads, _HEADS), 1),
+        (key, value, k_cache, v_cache, k_scale, v_scale, slot_mapping),
+        (key.stride(0), key.stride(1), value.stride(0), value.stride(1), SMALLEST_AMAX),
+        (
+            num_heads,
+            head_dim,
+            next_power_of_2(head_dim),
+            min(_HEADS, next_power_of_2(num_heads)),
+            0.0 if k_scale is None else torch.finfo(k_cache.dtype).max,
+        ),
         num_warps=2,
     )

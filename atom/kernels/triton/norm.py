@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.launch import next_power_of_2, overlap_options
+from atom.kernels.triton.launcher import Launcher
 from atom.kernels.triton.numerics import round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
@@ -76,6 +77,10 @@ def _add_rms_norm_kernel(
     tl.store(target, round_to(normed, out.dtype.element_ty), mask=inside)
 
 
+_launch_rms_norm = Launcher(_rms_norm_kernel)
+_launch_add_rms_norm = Launcher(_add_rms_norm_kernel)
+
+
 def _shape(num_rows: int, size: int) -> tuple[int, int, int]:
     """(rows a program, padded columns, warps)."""
     columns = next_power_of_2(size)
@@ -100,18 +105,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     num_rows = tokens * heads
     if num_rows:
         rows, columns, warps = _shape(num_rows, size)
-        _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-            x,
-            weight,
-            out,
-            num_rows,
-            heads,
-            stride_token,
-            stride_head,
-            eps,
-            size,
-            rows,
-            columns,
+        _launch_rms_norm(
+            (triton.cdiv(num_rows, rows), 1, 1),
+            (x, weight, out),
+            (num_rows, heads, stride_token, stride_head, eps),
+            (size, rows, columns),
             num_warps=warps,
             **overlap_options(x.device),
         )
@@ -129,18 +127,13 @@ def add_rms_norm(
     num_rows = x.numel() // size
     if num_rows:
         rows, columns, warps = _shape(num_rows, size)
-        _add_rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-            x,
-            residual,
-            weight,
-            out,
-            num_rows,
-            x.stride(-2) if x.dim() > 1 else size,
-            residual.stride(-2) if residual.dim() > 1 else size,
-            eps,
-            size,
-            rows,
-            columns,
+        stride_x = x.stride(-2) if x.dim() > 1 else size
+        stride_residual = residual.stride(-2) if residual.dim() > 1 else size
+        _launch_add_rms_norm(
+            (triton.cdiv(num_rows, rows), 1, 1),
+            (x, residual, weight, out),
+            (num_rows, stride_x, stride_residual, eps),
+            (size, rows, columns),
             num_warps=warps,
             **overlap_options(x.device),
         )

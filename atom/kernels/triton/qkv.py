@@ -6,6 +6,7 @@ import triton.language as tl
 
 from atom.kernels.triton.kv_cache import SMALLEST_AMAX, store_heads
 from atom.kernels.triton.launch import next_power_of_2, overlap_options
+from atom.kernels.triton.launcher import Launcher
 from atom.kernels.triton.numerics import round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
@@ -120,6 +121,9 @@ def _qk_norm_rope_cache_kernel(
         store_heads(value, v_cache, v_scale, row, heads, smallest_amax, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
 
 
+_launch_qk_norm_rope_cache = Launcher(_qk_norm_rope_cache_kernel)
+
+
 def qk_norm_rope_cache(
     qkv: torch.Tensor,
     query: torch.Tensor,
@@ -146,31 +150,32 @@ def qk_norm_rope_cache(
     if not tokens:
         return
     blocks = triton.cdiv(query_heads, _HEADS) + 2 * triton.cdiv(kv_heads, _HEADS)
-    _qk_norm_rope_cache_kernel[(tokens, blocks)](
-        qkv,
-        query,
-        positions,
-        cos_sin_cache,
-        q_weight,
-        k_weight,
-        k_cache,
-        v_cache,
-        k_scale,
-        v_scale,
-        slot_mapping,
-        qkv.stride(0),
-        query.stride(0),
-        cos_sin_cache.stride(0),
-        eps,
-        SMALLEST_AMAX,
-        query_heads,
-        kv_heads,
-        head_dim,
-        next_power_of_2(head_dim),
-        cos_sin_cache.shape[1] // 2,
-        _HEADS,
-        interleaved,
-        0.0 if k_scale is None else torch.finfo(k_cache.dtype).max,
+    _launch_qk_norm_rope_cache(
+        (tokens, blocks, 1),
+        (
+            qkv,
+            query,
+            positions,
+            cos_sin_cache,
+            q_weight,
+            k_weight,
+            k_cache,
+            v_cache,
+            k_scale,
+            v_scale,
+            slot_mapping,
+        ),
+        (qkv.stride(0), query.stride(0), cos_sin_cache.stride(0), eps, SMALLEST_AMAX),
+        (
+            query_heads,
+            kv_heads,
+            head_dim,
+            next_power_of_2(head_dim),
+            cos_sin_cache.shape[1] // 2,
+            _HEADS,
+            interleaved,
+            0.0 if k_scale is None else torch.finfo(k_cache.dtype).max,
+        ),
         num_warps=2,
         **overlap_options(qkv.device),
     )

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.launch import next_power_of_2
+from atom.kernels.triton.launcher import Launcher
 from atom.kernels.triton.numerics import round_to
 
 _HEADS = 8  # a program's
@@ -78,6 +79,9 @@ def _rotary_kernel(
         _rotate(y, key_stride_head, heads, KEY_HEADS, cos, sin, pair, HALF, INTERLEAVED)
 
 
+_launch_rotary = Launcher(_rotary_kernel)
+
+
 def rotary_embedding_(
     positions: torch.Tensor,
     query: torch.Tensor,
@@ -94,21 +98,10 @@ def rotary_embedding_(
     assert query.dtype == key.dtype
     if not tokens:
         return
-    _rotary_kernel[(tokens, triton.cdiv(query_heads, _HEADS) + triton.cdiv(key_heads, _HEADS))](
-        positions,
-        query,
-        key,
-        cos_sin_cache,
-        cos_sin_cache.stride(0),
-        query.stride(0),
-        query.stride(1),
-        key.stride(0),
-        key.stride(1),
-        query_heads,
-        key_heads,
-        half,
-        next_power_of_2(half),
-        _HEADS,
-        interleaved,
+    _launch_rotary(
+        (tokens, triton.cdiv(query_heads, _HEADS) + triton.cdiv(key_heads, _HEADS), 1),
+        (positions, query, key, cos_sin_cache),
+        (cos_sin_cache.stride(0), query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
+        (query_heads, key_heads, half, next_power_of_2(half), _HEADS, interleaved),
         num_warps=2,
     )
