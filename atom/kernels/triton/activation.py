@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from atom.kernels.triton.launcher import Launcher
+from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.numerics import round_to
 
 _BLOCK = 1024
@@ -31,10 +31,10 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     if x.stride(-1) != 1 or (x.dim() != 2 and not x.is_contiguous()):
         x = x.contiguous()
     size = x.shape[-1] // 2
-    out = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)
+    out = x.new_empty((*x.shape[:-1], size))
     num_rows = x.numel() // (2 * size)
     if num_rows:
         stride = x.stride(-2) if x.dim() > 1 else 2 * size
-        grid = num_rows, triton.cdiv(size, _BLOCK), 1
+        grid = num_rows, cdiv(size, _BLOCK), 1
         _launch_silu_and_mul(grid, (x, out), (stride, size), (_BLOCK,), num_warps=4)
     return out

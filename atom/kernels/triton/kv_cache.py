@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.launch import next_power_of_2
-from atom.kernels.triton.launcher import Launcher
+from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.numerics import round_to
 
 _HEADS = 8  # a program's
@@ -139,7 +139,7 @@ def store_kv(
     if not tokens:
         return
     _launch_store_kv(
-        (tokens, 2 * triton.cdiv(num_heads, _HEADS), 1),
+        (tokens, 2 * cdiv(num_heads, _HEADS), 1),
         (key, value, k_cache, v_cache, k_scale, v_scale, slot_mapping),
         (key.stride(0), key.stride(1), value.stride(0), value.stride(1), SMALLEST_AMAX),
         (

@@ -63,6 +63,11 @@ class Launcher:
         run(*grid, _current_stream(device), function, metadata, None, None, None, *addresses, *numbers, *constants)  # type: ignore[misc]
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv, for kernels too, takes microseconds to do so here."""
+    return -(-a // b)
+
+
 def launch_key(
     device: int,
     pointers: tuple[torch.Tensor | None, ...],

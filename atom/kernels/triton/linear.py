@@ -6,6 +6,8 @@ the kernel, and nothing needs a second pass over partial sums. More tokens are t
 kernel in many tiles with ATOM_USE_TRITON_GEMM=1.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -15,6 +17,7 @@ from torch.compiler import is_compiling
 from atom.kernels.torch import linear as reference
 from atom.kernels.triton.activation import silu_and_mul
 from atom.kernels.triton.launch import gemm_tile, overlap_options, vector_tile
+from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.numerics import dot, round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 from atom.utils import envs
@@ -134,47 +137,34 @@ def _gemm_kernel(
     tl.store(at_out, round_to(sums, out.dtype.element_ty), mask=is_token & exists)
 
 
+_launch_vector = Launcher(_vector_kernel)
+_launch_gemm = Launcher(_gemm_kernel)
+
+
 def _multiply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_rows: int, gated: bool, dtype: torch.dtype
 ) -> torch.Tensor:
     """x [T, K] times weight [num_rows, K], or gate above up if gated."""
     num_tokens, size = x.shape
     num_outputs = 2 if gated else 1
-    out = torch.empty((num_tokens, num_rows), dtype=dtype, device=x.device)
+    out = x.new_empty((num_tokens, num_rows), dtype=dtype)
     if num_tokens == 1:
         rows = vector_tile(x.element_size(), num_outputs)
-        _vector_kernel[(triton.cdiv(num_rows, rows.rows),)](
-            x,
-            weight,
-            bias,
-            out,
-            num_rows,
-            weight.stride(0),
-            size,
-            rows.rows,
-            rows.columns,
-            gated,
+        _launch_vector(
+            (cdiv(num_rows, rows.rows), 1, 1),
+            (x, weight, bias, out),
+            (num_rows, weight.stride(0)),
+            (size, rows.rows, rows.columns, gated),
             num_warps=rows.num_warps,
             **overlap_options(x.device),
         )
         return out
     tile = gemm_tile(num_tokens, x.element_size(), num_outputs)
-    _gemm_kernel[(triton.cdiv(num_tokens, tile.m) * triton.cdiv(num_rows, tile.n),)](
-        x,
-        weight,
-        bias,
-        out,
-        num_tokens,
-        num_rows,
-        x.stride(0),
-        weight.stride(0),
-        out.stride(0),
-        size,
-        tile.m,
-        tile.n,
-        tile.k,
-        _BAND,
-        gated,
+    _launch_gemm(
+        (cdiv(num_tokens, tile.m) * cdiv(num_rows, tile.n), 1, 1),
+        (x, weight, bias, out),
+        (num_tokens, num_rows, x.stride(0), weight.stride(0), num_rows),
+        (size, tile.m, tile.n, tile.k, _BAND, gated),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **overlap_options(x.device),
@@ -182,11 +172,17 @@ def _multiply(
     return out
 
 
+@cache
+def always_ours() -> bool:
+    """ATOM_USE_TRITON_GEMM, read once, as each layer of each step asks."""
+    return envs.ATOM_USE_TRITON_GEMM
+
+
 def _is_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether our kernels multiply, rather than torch's library."""
     if x.dim() != 2 or not x.shape[0] or x.stride(1) != 1 or weight.stride(1) != 1:
         return False
-    return x.shape[0] <= MOST_FEW_TOKENS or envs.ATOM_USE_TRITON_GEMM
+    return x.shape[0] <= MOST_FEW_TOKENS or always_ours()
 
 
 def linear(

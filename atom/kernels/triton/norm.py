@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.launch import next_power_of_2, overlap_options
-from atom.kernels.triton.launcher import Launcher
+from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.numerics import round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
@@ -101,12 +101,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         tokens, heads = (x.shape[0], 1) if x.dim() == 2 else (1, 1)
         stride_token, stride_head = (x.stride(0), 0) if x.dim() == 2 else (0, 0)
     dtype = x.dtype if x.dtype == weight.dtype else torch.promote_types(x.dtype, weight.dtype)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = x.new_empty(x.shape, dtype=dtype)
     num_rows = tokens * heads
     if num_rows:
         rows, columns, warps = _shape(num_rows, size)
         _launch_rms_norm(
-            (triton.cdiv(num_rows, rows), 1, 1),
+            (cdiv(num_rows, rows), 1, 1),
             (x, weight, out),
             (num_rows, heads, stride_token, stride_head, eps),
             (size, rows, columns),
@@ -123,14 +123,14 @@ def add_rms_norm(
     size = x.shape[-1]
     x, residual = _as_rows(x), _as_rows(residual)
     in_place = x.dtype == weight.dtype and x.is_contiguous()
-    out = x if in_place else torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    out = x if in_place else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
     num_rows = x.numel() // size
     if num_rows:
         rows, columns, warps = _shape(num_rows, size)
         stride_x = x.stride(-2) if x.dim() > 1 else size
         stride_residual = residual.stride(-2) if residual.dim() > 1 else size
         _launch_add_rms_norm(
-            (triton.cdiv(num_rows, rows), 1, 1),
+            (cdiv(num_rows, rows), 1, 1),
             (x, residual, weight, out),
             (num_rows, stride_x, stride_residual, eps),
             (size, rows, columns),

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from atom.kernels.triton.kv_cache import SMALLEST_AMAX, store_heads
 from atom.kernels.triton.launch import next_power_of_2, overlap_options
-from atom.kernels.triton.launcher import Launcher
+from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.numerics import round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
@@ -149,7 +149,7 @@ def qk_norm_rope_cache(
     assert (q_weight is None) == (k_weight is None)
     if not tokens:
         return
-    blocks = triton.cdiv(query_heads, _HEADS) + 2 * triton.cdiv(kv_heads, _HEADS)
+    blocks = cdiv(query_heads, _HEADS) + 2 * cdiv(kv_heads, _HEADS)
     _launch_qk_norm_rope_cache(
         (tokens, blocks, 1),
         (

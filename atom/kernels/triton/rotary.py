@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.launch import next_power_of_2
-from atom.kernels.triton.launcher import Launcher
+from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.numerics import round_to
 
 _HEADS = 8  # a program's
@@ -99,7 +99,7 @@ def rotary_embedding_(
     if not tokens:
         return
     _launch_rotary(
-        (tokens, triton.cdiv(query_heads, _HEADS) + triton.cdiv(key_heads, _HEADS), 1),
+        (tokens, cdiv(query_heads, _HEADS) + cdiv(key_heads, _HEADS), 1),
         (positions, query, key, cos_sin_cache),
         (cos_sin_cache.stride(0), query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
         (query_heads, key_heads, half, next_power_of_2(half), _HEADS, interleaved),

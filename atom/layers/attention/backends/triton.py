@@ -56,7 +56,7 @@ class TritonAttentionBackend(PagedAttentionBackend):
         num_kv_heads = cache.k.shape[2]
 
         def keys_and_values(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            rotated = cache.k.view(-1, *cache.k.shape[2:])[metadata.slot_mapping[part]]
+            rotated = cache.k.flatten(0, 1).index_select(0, metadata.slot_mapping[part])
             return rotated, qkv[part, -num_kv_heads:]
 
         self._attend_all(query, keys_and_values, cache, metadata, output)
