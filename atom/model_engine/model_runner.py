@@ -10,6 +10,7 @@ from atom.compilation.cuda_graph import GraphDispatcher, capturable_mode, make_c
 from atom.compilation.levels import build_forward
 from atom.config import CompilationLevel, Config, CUDAGraphMode
 from atom.forward_context import ForwardContext, set_forward_context
+from atom.kernels import unavailable_reason
 from atom.layers.attention.layer import Attention
 from atom.layers.build import BuildContext
 from atom.layers.sampler import Sampler, SamplerOutput, SamplingMetadata
@@ -41,6 +42,8 @@ class ModelRunner:
         self.device = self.platform.device()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        if self.platform.device_type == "cpu" and envs.ATOM_CPU_THREAD_BINDING == "cores":
+            _bind_threads()
         self.profiler = Profiler(config.torch_profiler_dir or "traces", envs.ATOM_PROFILER_MORE)
 
     def initialize(self) -> kv_cache.MemoryPlan:
@@ -378,3 +381,15 @@ class ModelRunner:
     def _all_tensors(self) -> list[torch.Tensor]:
         seen = {t.data_ptr(): t for t in [*self.model.parameters(), *self.model.buffers()]}
         return list(seen.values())
+
+
+def _bind_threads() -> None:
+    """Bind the CPU kernels' threads to cores, where there are such kernels."""
+    reason = unavailable_reason("cpu")
+    if reason is not None:
+        logger.warning("ATOM_CPU_THREAD_BINDING: nothing is bound, as the CPU kernels are off (%s)", reason)
+        return
+    from atom.kernels.cpu.threads import bind_threads
+
+    first, *others = bind_threads(torch.get_num_threads())
+    logger.info("CPU threads bound to %s; %d is left to the calling thread", others, first)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     ATOM_ENABLE_ALLREDUCE_RMSNORM_FUSION: bool
     ATOM_LLAMA_ENABLE_AITER_TRITON_FUSED_RMSNORM_QUANT: bool
     ATOM_LLAMA_ENABLE_AITER_TRITON_FUSED_SILU_MUL_QUANT: bool
+    ATOM_CPU_THREAD_BINDING: str
     ATOM_TORCH_PROFILER_DIR: str | None
     ATOM_PROFILER_MORE: bool
     HF_TOKEN: str | None
@@ -55,6 +56,16 @@ def _string(default: str | None) -> Callable[[str], str | None]:
     return lambda name: os.environ.get(name) or default  # set but empty means unset
 
 
+def _choice(default: str, *others: str) -> Callable[[str], str]:
+    def read(name: str) -> str:
+        text = os.environ.get(name) or default
+        if text not in (default, *others):
+            raise ConfigError(f"environment variable {name}={text!r} must be {' or '.join((default, *others))}")
+        return text
+
+    return read
+
+
 environment_variables: dict[str, Callable[[str], Any]] = {
     "ATOM_DP_RANK": _integer(0),  # data-parallel rank of this process
     "ATOM_DP_RANK_LOCAL": _integer(0),  # the same within this host (SPMD mode)
@@ -69,6 +80,7 @@ environment_variables: dict[str, Callable[[str], Any]] = {
     "ATOM_ENABLE_ALLREDUCE_RMSNORM_FUSION": _boolean(True),
     "ATOM_LLAMA_ENABLE_AITER_TRITON_FUSED_RMSNORM_QUANT": _boolean(True),
     "ATOM_LLAMA_ENABLE_AITER_TRITON_FUSED_SILU_MUL_QUANT": _boolean(True),
+    "ATOM_CPU_THREAD_BINDING": _choice("none", "cores"),  # cores: a thread of the CPU kernels a physical core
     "ATOM_TORCH_PROFILER_DIR": _string(None),  # default of Config.torch_profiler_dir
     "ATOM_PROFILER_MORE": _boolean(False),  # traces also record shapes, stacks and memory
     "HF_TOKEN": _string(None),  # for gated models of the hub

@@ -23,6 +23,7 @@ VALUES = {
     "ATOM_DP_SIZE": 1,
     "ATOM_DP_MASTER_IP": "127.0.0.1",
     "ATOM_DP_MASTER_PORT": 29500,
+    "ATOM_CPU_THREAD_BINDING": "none",
     "ATOM_TORCH_PROFILER_DIR": None,
     "HF_TOKEN": None,
     "CXX": None,
@@ -37,7 +38,7 @@ def clean(monkeypatch):
     monkeypatch.setattr(atom_logging, "_seen", set())
 
 
-def test_the_list_and_the_defaults_are_the_guides():
+def test_the_list_and_the_defaults():
     assert {name: getattr(envs, name) for name in envs.environment_variables} == {**BOOLEANS, **VALUES}
     assert set(BOOLEANS) <= set(dir(envs))
 
@@ -82,3 +83,12 @@ def test_unknown_and_removed_variables_are_warned_about_once(monkeypatch, caplog
         "unknown environment variable ATOM_DP_SIZES (did you mean 'ATOM_DP_SIZE'?); it does nothing"
     ]
     assert [r.levelname for r in caplog.records if "ATOM_ENFORCE_EAGER was removed" in r.getMessage()] == ["WARNING"]
+
+
+def test_a_choice_names_what_it_may_be(monkeypatch):
+    for text, value in {"cores": "cores", "none": "none", "": "none"}.items():
+        monkeypatch.setenv("ATOM_CPU_THREAD_BINDING", text)
+        assert value == envs.ATOM_CPU_THREAD_BINDING
+    monkeypatch.setenv("ATOM_CPU_THREAD_BINDING", "core")
+    with pytest.raises(ConfigError, match="ATOM_CPU_THREAD_BINDING='core' must be none or cores"):
+        _ = envs.ATOM_CPU_THREAD_BINDING

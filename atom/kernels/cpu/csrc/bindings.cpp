@@ -6,8 +6,11 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
+#include <cerrno>
+
 #include "kernels.h"
 #include "memory.h"
+#include "team.h"
 
 namespace {
 
@@ -435,12 +438,21 @@ FUNCTION(py_sample) {
                   optional_tensor(a[4]), optional_tensor(a[5]), out) ? wrap(std::move(out)) : unsupported();
   });
 }
+FUNCTION(py_bind_threads) {  // a tuple of CPUs, the i-th for thread i
+  return call<1>(count, [&]() -> PyObject* {
+    std::vector<int> cpus;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(a[0]); ++i) cpus.push_back(int(integer(PyTuple_GetItem(a[0], i))));
+    if (PyErr_Occurred()) return nullptr;
+    if ((errno = atom::bind_team(cpus.data(), int(cpus.size())))) return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+  });
+}
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(atom::isa()); }
 
 #define METHOD(name) {#name, (PyCFunction)(void*)py_##name, METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {METHOD(pack_weight), METHOD(linear), METHOD(linear_silu_and_mul), METHOD(rms_norm),
                          METHOD(add_rms_norm), METHOD(silu_and_mul), METHOD(rotary), METHOD(store_kv),
-                         METHOD(paged_attention), METHOD(argmax), METHOD(sample),
+                         METHOD(paged_attention), METHOD(argmax), METHOD(sample), METHOD(bind_threads),
                          {"isa", py_isa, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "atom_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

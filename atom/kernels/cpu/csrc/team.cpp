@@ -1,10 +1,12 @@
 // The threads behind team.h: they look for work for a while, then sleep.
 #include "team.h"
 
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
+#include <vector>
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #include <sched.h>
@@ -32,6 +34,24 @@ inline void let_others_run() {
   sched_yield();
 #else
   std::this_thread::yield();
+#endif
+}
+
+std::vector<int> bound_cpus;  // of thread i; changed by who holds the pool's callers
+
+int bind_thread(std::thread::native_handle_type handle, int cpu) {
+#if defined(__linux__)
+  cpu_set_t* set = CPU_ALLOC(cpu + 1);
+  if (!set) return ENOMEM;
+  const size_t size = CPU_ALLOC_SIZE(cpu + 1);
+  CPU_ZERO_S(size, set);
+  CPU_SET_S(cpu, size, set);
+  const int error = pthread_setaffinity_np(handle, size, set);
+  CPU_FREE(set);
+  return error;
+#else
+  (void)handle, (void)cpu;
+  return ENOTSUP;
 #endif
 }
 
@@ -73,6 +93,14 @@ class Pool {
     }
   }
 
+  // Makes the threads and binds them to bound_cpus; later ones are bound as they start.
+  int bind(int threads) {
+    grow(threads);
+    int error = 0;
+    for (int i = 1; i < size_ && !error; ++i) error = bind_one(i);
+    return error;
+  }
+
   std::mutex callers;
 
  private:
@@ -81,7 +109,16 @@ class Pool {
   static constexpr uint64_t kOpen = 1 << 15, kInside = kOpen - 1;
 
   void grow(int threads) {
-    for (; size_ < threads; ++size_) std::thread(&Pool::live, this, size_).detach();
+    for (; size_ < threads; ++size_) {
+      std::thread thread(&Pool::live, this, size_);
+      handles_.push_back(thread.native_handle());
+      thread.detach();
+      bind_one(size_);
+    }
+  }
+
+  int bind_one(int thread) {
+    return thread < int(bound_cpus.size()) ? bind_thread(handles_[thread - 1], bound_cpus[thread]) : 0;
   }
 
   void live(int thread) {
@@ -110,6 +147,7 @@ class Pool {
   void* context_ = nullptr;
   int threads_ = 0;
   int size_ = 1;  // the caller is the first
+  std::vector<std::thread::native_handle_type> handles_;  // of the others
   std::mutex mutex_;
   std::condition_variable wake_;
   std::atomic<int> sleeping_{0};
@@ -140,6 +178,13 @@ void run_team(int threads, void (*work)(void*, int), void* context) {
   const std::unique_lock<std::mutex> lock(found.callers, std::try_to_lock);
   if (!lock.owns_lock()) return work(context, 0);  // another caller has the threads
   found.run(std::min(threads, kMaxThreads), work, context);
+}
+
+int bind_team(const int* cpus, int count) {
+  Pool& found = the_pool();
+  const std::lock_guard<std::mutex> lock(found.callers);
+  bound_cpus.assign(cpus, cpus + count);
+  return found.bind(std::min(count, kMaxThreads));
 }
 
 }  // namespace atom

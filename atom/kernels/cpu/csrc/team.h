@@ -11,6 +11,10 @@ namespace atom {
 // caller is through. Returns when all that came have ended.
 void run_team(int threads, void (*work)(void* context, int thread), void* context);
 
+// From now on thread i > 0 runs on cpus[i] alone, and beyond `count` where it likes, as thread 0 does: that is whoever
+// calls, and threads that it makes would inherit its binding. 0, or the system's error number.
+int bind_team(const int* cpus, int count);
+
 template <class F>
 void team(int threads, F&& f) {
   if (threads <= 1) return f(0);
