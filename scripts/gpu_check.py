@@ -278,6 +278,16 @@ def moe_work(tokens: int) -> Work:
     return Work(f"fused_experts T={tokens}", calls, active * per_expert * 2, 2 * tokens * choices * per_expert)
 
 
+def routing_work(tokens: int) -> Iterator[Work]:
+    from atom.kernels.triton.routing import order_by_expert, route_experts
+
+    logits = [torch.randn(tokens, 128, device=DEVICE, dtype=BF16) for _ in range(8)]
+    size = tokens * (128 * 2 + 8 * 8)
+    yield Work(f"route_experts T={tokens}", [lambda x=x: route_experts(x, 8, True) for x in logits], size)
+    ids = [route_experts(x, 8, True)[1] for x in logits]
+    yield Work(f"order_by_expert T={tokens}", [lambda i=i: order_by_expert(i, 128) for i in ids], tokens * 8 * 8)
+
+
 def works() -> Iterator[Callable[[], Any]]:
     """Makers, so that only one's data is alive at a time."""
     for batch, context in itertools.product((1, 16, 64, 256), (1024, 8192)):
@@ -293,8 +303,9 @@ def works() -> Iterator[Callable[[], Any]]:
         yield lambda t=tokens: elementwise_work(t)
     for rows in (1, 64, 256):
         yield lambda r=rows: sampling_work(r)
-    for tokens in (1, 64, 4096):
+    for tokens in (1, 8, 9, 16, 64, 4096):
         yield lambda t=tokens: [moe_work(t)]
+        yield lambda t=tokens: routing_work(t)
 
 
 def sdpa_work() -> Work:

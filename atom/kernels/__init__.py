@@ -28,6 +28,7 @@ OPS: dict[str, str] = {
     "linear": "linear",
     "prepare_silu_linear_weight": "linear",
     "linear_silu_and_mul": "linear",
+    "route_experts": "routing",
     "fused_experts": "moe",
     "greedy": "sampling",
     "sample": "sampling",

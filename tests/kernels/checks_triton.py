@@ -289,6 +289,29 @@ def check_attention(
     return error(results[1], results[0])
 
 
+def check_route_experts(
+    device: str, tokens: int, num_experts: int, choices: int, renormalize: bool, dtype: torch.dtype
+) -> float:
+    reference, kernels = ops("routing")
+    logits = random(tokens, 2 * num_experts, dtype=dtype, device=device, scale=3)[:, :num_experts]
+    (got, ids), (expected, expected_ids) = (m.route_experts(logits, choices, renormalize) for m in (kernels, reference))
+    assert ids.dtype == torch.int32
+    assert all(len(set(row)) == choices for row in ids.tolist()), "an expert was chosen twice"
+    # Of equal logits the reference takes any.
+    assert torch.equal(logits.gather(1, ids.long()), logits.gather(1, expected_ids.long()))
+    return error(got, expected, 1e-5)
+
+
+def check_order_by_expert(device: str, pairs: int, num_experts: int) -> float:
+    from atom.kernels.triton.routing import order_by_expert
+
+    ids = torch.randint(0, num_experts, (pairs, 1), device=device, dtype=torch.int32)
+    order, offsets = order_by_expert(ids, num_experts)
+    assert torch.equal(order.long(), ids[:, 0].sort(stable=True).indices)
+    assert offsets.tolist() == [0, *torch.bincount(ids[:, 0], minlength=num_experts).cumsum(0).tolist()]
+    return 0.0
+
+
 def check_fused_experts(
     device: str, tokens: int, size: int, intermediate: int, num_experts: int, choices: int, dtype: torch.dtype
 ) -> float:
@@ -480,6 +503,13 @@ def small_cases() -> list[Case]:
         _case("fused_experts", check_fused_experts, 1, 64, 32, 4, 2, BF16),
         _case("fused_experts", check_fused_experts, 37, 96, 80, 6, 2, FP32),
         _case("fused_experts", check_fused_experts, 20, 64, 64, 40, 8, BF16),
+        _case("fused_experts", check_fused_experts, 1, 72, 40, 40, 8, FP32),
+        _case("fused_experts", check_fused_experts, 5, 160, 48, 60, 3, BF16),
+        _case("route_experts", check_route_experts, 1, 128, 8, True, BF16),
+        _case("route_experts", check_route_experts, 5, 60, 4, False, FP32),
+        _case("route_experts", check_route_experts, 3, 8, 8, True, FP16),
+        _case("order_by_expert", check_order_by_expert, 37, 6),
+        _case("order_by_expert", check_order_by_expert, 5000, 3),
         _case("sample", check_sample, 5, 9000, None, None, None, None),
         _case("sample", check_sample, 6, 5000, 0.8, 50, None, None),
         _case("sample", check_sample, 6, 5000, 1.0, None, 0.9, None),
@@ -552,7 +582,13 @@ def full_cases(fp8: torch.dtype = FN) -> list[Case]:
     for tokens, dtype in itertools.product((1, 16, 200, 3000), (BF16, FP16, FP32)):
         if dtype == BF16 or tokens <= 200:
             cases.append(_case("fused_experts", check_fused_experts, tokens, 512, 384, 8, 2, dtype))
+    for tokens, dtype in itertools.product((1, 3, 8, 9), (BF16, FP16, FP32)):  # on both sides of the few
+        cases.append(_case("fused_experts", check_fused_experts, tokens, 2048, 768, 128, 8, dtype))
+        cases.append(_case("route_experts", check_route_experts, tokens, 128, 8, True, dtype))
     cases.append(_case("fused_experts", check_fused_experts, 700, 1024, 256, 128, 8, BF16))
+    cases.append(_case("route_experts", check_route_experts, 3000, 256, 8, False, BF16))
+    for pairs, num_experts in ((8, 128), (2048, 128), (65536, 128), (100_000, 8)):
+        cases.append(_case("order_by_expert", check_order_by_expert, pairs, num_experts))
     for rows, vocab_size in ((1, 32000), (7, 151936), (64, 262144), (256, 49152)):
         for k, p, floor in (
             (None, None, None),

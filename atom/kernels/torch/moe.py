@@ -15,7 +15,7 @@ def fused_experts(
     """sum over k of weight[t, k] * expert(id[t, k])(x[t]).
 
     x [T, H]; w13 [E, 2 * I, H] (gate above up); w2 [E, H, I]; topk_weights float32 [T, K];
-    topk_ids int64 [T, K]. Accumulated in float32, returned in x's dtype.
+    topk_ids int32 or int64 [T, K]. Accumulated in float32, returned in x's dtype.
     """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in torch.unique(topk_ids).tolist():

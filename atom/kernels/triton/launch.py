@@ -99,6 +99,15 @@ def vector_tile(itemsize: int, num_outputs: int) -> VectorTile:
     return VectorTile(num_outputs, 1024 if itemsize <= 2 else 512, 4)
 
 
+@cache
+def expert_vector_tile(itemsize: int, size: int) -> VectorTile:
+    """For experts' matrix-vector products over `size` columns."""
+    if CHIP == "interpret":
+        return VectorTile(16, 128, 4)
+    columns = min(next_power_of_2(size), 1024 if itemsize <= 2 else 512)
+    return VectorTile(2, columns, 4 if columns >= 512 else 2)
+
+
 @dataclass(frozen=True, slots=True)
 class GemmTile:
     """m x n x k of a matrix product's inner tile."""

@@ -30,7 +30,7 @@ _BAND = 8  # tiles of tokens that go over the weights together
 
 
 @triton.jit
-def _silu_and_mul(gate, up, dtype: tl.constexpr):
+def silu_times(gate, up, dtype: tl.constexpr):
     """float32 sums of both, rounded where the reference rounds."""
     gate = round_to(gate, dtype).to(tl.float32)
     return round_to(gate / (1.0 + tl.exp(-gate)), dtype).to(tl.float32) * round_to(up, dtype).to(tl.float32)
@@ -74,7 +74,7 @@ def _vector_kernel(
             up_sums += tl.load(at_up + start, mask=exists & left[None, :], other=0.0).to(tl.float32) * v
     result = tl.sum(sums, axis=1)
     if GATED:
-        result = _silu_and_mul(result, tl.sum(up_sums, axis=1), out.dtype.element_ty)
+        result = silu_times(result, tl.sum(up_sums, axis=1), out.dtype.element_ty)
     if bias is not None:
         result += tl.load(bias + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
     tl.store(out + rows, round_to(result, out.dtype.element_ty), mask=rows < num_rows)
@@ -130,7 +130,7 @@ def _gemm_kernel(
             if GATED:
                 up_sums = dot(a, tl.load(at_up + start, mask=exists & left[:, None], other=0.0), up_sums)
     if GATED:
-        sums = _silu_and_mul(sums, up_sums, out.dtype.element_ty)
+        sums = silu_times(sums, up_sums, out.dtype.element_ty)
     if bias is not None:
         sums += tl.load(bias + rows, mask=rows < num_rows, other=0.0).to(tl.float32)[None, :]
     at_out = out + tokens[:, None] * stride_out + rows[None, :]

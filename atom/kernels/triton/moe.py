@@ -1,7 +1,8 @@
 """Mixture of experts as two matrix products grouped by expert.
 
-Tokens are sorted by expert, so that each tile of a product reads one expert's weights; a tile finds
+Tokens are ordered by expert, so that each tile of a product reads one expert's weights; a tile finds
 its expert by binary search on the device, and the host never learns how many tokens an expert got.
+A few tokens go another way: see `moe_few`.
 """
 
 import torch
@@ -9,7 +10,13 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.launch import grouped_gemm_tile, next_power_of_2
+from atom.kernels.triton.linear import silu_times
+from atom.kernels.triton.moe_few import few_experts
 from atom.kernels.triton.numerics import dot, round_to
+from atom.kernels.triton.routing import order_by_expert
+
+# Up to so many, few tokens choose the same expert, whose weights would be read for each of them.
+_FEW_PAIRS_PER_EXPERT = 0.5
 
 
 @triton.jit
@@ -19,12 +26,12 @@ def _find_tile(offsets, tile, num_experts, M: tl.constexpr):
     high = num_experts - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if tl.load(offsets + middle).to(tl.int32) // M + middle <= tile:
+        if tl.load(offsets + middle) // M + middle <= tile:
             low = middle
         else:
             high = middle - 1
-    begin = tl.load(offsets + low).to(tl.int32)
-    end = tl.load(offsets + low + 1).to(tl.int32)
+    begin = tl.load(offsets + low)
+    end = tl.load(offsets + low + 1)
     return low, begin + (tile - begin // M - low) * M, end
 
 
@@ -52,7 +59,7 @@ def _gate_up_kernel(
         return
     rows = first_row + tl.arange(0, M)
     real = rows < end_row
-    token = tl.load(pairs + rows, mask=real, other=0) // CHOICES
+    token = tl.load(pairs + rows, mask=real, other=0).to(tl.int64) // CHOICES
     columns = tl.program_id(0) * N + tl.arange(0, N)
     wanted = columns < INTERMEDIATE
     weights = w13 + expert.to(tl.int64) * stride_expert
@@ -77,12 +84,9 @@ def _gate_up_kernel(
         at_x += K
         at_gate += K
         at_up += K
-    # Rounded where the reference rounds.
     dtype = hidden.dtype.element_ty
-    wide = round_to(gate, dtype).to(tl.float32)
-    activated = round_to(wide / (1.0 + tl.exp(-wide)), dtype).to(tl.float32) * round_to(up, dtype).to(tl.float32)
     target = hidden + rows.to(tl.int64)[:, None] * INTERMEDIATE + columns[None, :]
-    tl.store(target, round_to(activated, dtype), mask=real[:, None] & wanted[None, :])
+    tl.store(target, round_to(silu_times(gate, up, dtype), dtype), mask=real[:, None] & wanted[None, :])
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -124,7 +128,7 @@ def _down_kernel(
         acc = dot(a, b, acc)
         at_hidden += K
         at_weight += K
-    pair = tl.load(pairs + rows, mask=real, other=0)
+    pair = tl.load(pairs + rows, mask=real, other=0).to(tl.int64)
     target = products + pair[:, None] * SIZE + columns[None, :]
     tl.store(target, round_to(acc, products.dtype.element_ty), mask=real[:, None] & wanted[None, :])
 
@@ -157,12 +161,14 @@ def fused_experts(
     num_experts, _, intermediate = w2.shape
     choices = topk_ids.shape[1]
     num_pairs = tokens * choices
-    out = torch.empty_like(x)
     if not tokens:
-        return out
+        return torch.empty_like(x)
     assert x.stride(1) == w13.stride(2) == w2.stride(2) == 1
-    sorted_ids, pairs = topk_ids.reshape(-1).sort(stable=True)
-    offsets = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, dtype=sorted_ids.dtype, device=x.device))
+    topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
+    if num_pairs <= num_experts * _FEW_PAIRS_PER_EXPERT:
+        return few_experts(x, w13, w2, topk_weights, topk_ids)
+    pairs, offsets = order_by_expert(topk_ids, num_experts)
+    out = torch.empty_like(x)
 
     rows = next_power_of_2(triton.cdiv(num_pairs, num_experts))
     tile = grouped_gemm_tile(rows, x.element_size(), 2)
@@ -207,6 +213,6 @@ def fused_experts(
     )
     block = 1024
     _combine_kernel[(tokens, triton.cdiv(size, block))](
-        products, topk_weights.contiguous(), out, size, choices, next_power_of_2(choices), block, num_warps=4
+        products, topk_weights, out, size, choices, next_power_of_2(choices), block, num_warps=4
     )
     return out

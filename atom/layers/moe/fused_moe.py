@@ -16,11 +16,23 @@ def _run_experts(
     return get_op("fused_experts")(x, w13, w2, topk_weights, topk_ids)
 
 
-# Which experts run depends on the data: compilers see one opaque op.
+def _route(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return get_op("route_experts")(router_logits, top_k, renormalize)
+
+
+def _route_like(router_logits: torch.Tensor, top_k: int, _: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = router_logits.shape[0], top_k
+    return router_logits.new_empty(shape, dtype=torch.float32), router_logits.new_empty(shape, dtype=torch.int32)
+
+
+# Which experts run depends on the data: compilers see opaque ops.
 _library = torch.library.Library("atom", "FRAGMENT")
 _library.define("fused_experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) -> Tensor")
 _library.impl("fused_experts", _run_experts, "CompositeExplicitAutograd")
 _library.impl("fused_experts", lambda x, *_: torch.empty_like(x), "Meta")
+_library.define("route_experts(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)")
+_library.impl("route_experts", _route, "CompositeExplicitAutograd")
+_library.impl("route_experts", _route_like, "Meta")
 
 
 class FusedMoE(Layer):
@@ -47,14 +59,15 @@ class FusedMoE(Layer):
         self.w2_weight = nn.Parameter(torch.empty(shape2, dtype=context.dtype), requires_grad=False)
         set_loader(self.w13_weight, self._load_w13, 2 * num_experts)
         set_loader(self.w2_weight, self._load_w2, num_experts)
+        self._route_experts = get_op("route_experts")
         self._fused_experts = get_op("fused_experts")
 
     def forward(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         """x [T, H], router_logits [T, E] -> [T, H]"""
-        weights, ids = torch.softmax(router_logits.float(), dim=-1).topk(self.top_k, dim=-1)
-        if self.renormalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        run = torch.ops.atom.fused_experts if torch.compiler.is_compiling() else self._fused_experts
+        compiling = torch.compiler.is_compiling()
+        route = torch.ops.atom.route_experts if compiling else self._route_experts
+        run = torch.ops.atom.fused_experts if compiling else self._fused_experts
+        weights, ids = route(router_logits, self.top_k, self.renormalize)
         return all_reduce(run(x, self.w13_weight, self.w2_weight, weights, ids), self.tp)
 
     def _load_w13(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:

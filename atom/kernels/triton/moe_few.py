@@ -1,0 +1,139 @@
+"""Mixture of experts for a few tokens, which share few experts: two matrix-vector products without any sorting."""
+
+import torch
+import triton
+import triton.language as tl
+
+from atom.kernels.triton.launch import expert_vector_tile, overlap_options
+from atom.kernels.triton.linear import silu_times
+from atom.kernels.triton.numerics import round_to
+from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
+
+
+@triton.jit
+def _few_gate_up_kernel(
+    x,
+    w13,
+    topk_ids,
+    hidden,
+    stride_x,
+    stride_expert,
+    stride_row,
+    SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    CHOICES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """hidden[pair, r] = silu(gate[r] @ x) * (up[r] @ x) for ROWS rows of the pair's expert."""
+    let_next_begin(OVERLAP)
+    pair = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    exists = (rows < INTERMEDIATE)[:, None]
+    wait_for_inputs(OVERLAP)
+    expert = tl.load(topk_ids + pair).to(tl.int64)
+    at = w13 + expert * stride_expert + rows[:, None] * stride_row + columns[None, :]
+    at_up = at + INTERMEDIATE * stride_row
+    at_x = x + pair // CHOICES * stride_x + columns
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    up_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.static_range(0, SIZE, COLUMNS):
+        inside = columns < SIZE - start
+        v = tl.load(at_x + start, mask=inside, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(at + start, mask=exists & inside[None, :], other=0.0).to(tl.float32) * v
+        up_sums += tl.load(at_up + start, mask=exists & inside[None, :], other=0.0).to(tl.float32) * v
+    result = silu_times(tl.sum(sums, axis=1), tl.sum(up_sums, axis=1), hidden.dtype.element_ty)
+    target = hidden + pair * INTERMEDIATE + rows
+    tl.store(target, round_to(result, hidden.dtype.element_ty), mask=rows < INTERMEDIATE)
+
+
+@triton.jit
+def _few_down_kernel(
+    hidden,
+    w2,
+    topk_weights,
+    topk_ids,
+    out,
+    stride_expert,
+    stride_row,
+    SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    CHOICES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """out[t, r] = sum over k of topk_weights[t, k] * (w2[expert k][r] @ hidden[t, k]) for ROWS rows."""
+    let_next_begin(OVERLAP)
+    token = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    exists = (rows < SIZE)[:, None]
+    at = w2 + rows[:, None] * stride_row + columns[None, :]
+    total = tl.zeros([ROWS], tl.float32)
+    wait_for_inputs(OVERLAP)
+    for choice in tl.static_range(CHOICES):
+        pair = token * CHOICES + choice
+        expert = tl.load(topk_ids + pair).to(tl.int64)
+        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, INTERMEDIATE, COLUMNS):
+            inside = columns < INTERMEDIATE - start
+            v = tl.load(hidden + pair * INTERMEDIATE + start + columns, mask=inside, other=0.0).to(tl.float32)
+            part = tl.load(at + expert * stride_expert + start, mask=exists & inside[None, :], other=0.0)
+            sums += part.to(tl.float32) * v[None, :]
+        # Each expert's product is rounded, as the reference does.
+        product = round_to(tl.sum(sums, axis=1), out.dtype.element_ty).to(tl.float32)
+        total += product * tl.load(topk_weights + pair)
+    tl.store(out + token * SIZE + rows, round_to(total, out.dtype.element_ty), mask=rows < SIZE)
+
+
+def few_experts(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """`atom.kernels.torch.moe.fused_experts`: reads an expert's weights anew for each pair of token and choice.
+
+    topk_weights and topk_ids must be contiguous, and so must the weights' last dimension.
+    """
+    tokens, size = x.shape
+    intermediate = w2.shape[2]
+    choices = topk_ids.shape[1]
+    hidden = torch.empty((tokens * choices, intermediate), dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    overlap = overlap_options(x.device)
+    tile = expert_vector_tile(x.element_size(), size)
+    _few_gate_up_kernel[(triton.cdiv(intermediate, tile.rows), tokens * choices)](
+        x,
+        w13,
+        topk_ids,
+        hidden,
+        x.stride(0),
+        w13.stride(0),
+        w13.stride(1),
+        size,
+        intermediate,
+        choices,
+        tile.rows,
+        tile.columns,
+        num_warps=tile.num_warps,
+        **overlap,
+    )
+    tile = expert_vector_tile(x.element_size(), intermediate)
+    _few_down_kernel[(triton.cdiv(size, tile.rows), tokens)](
+        hidden,
+        w2,
+        topk_weights,
+        topk_ids,
+        out,
+        w2.stride(0),
+        w2.stride(1),
+        size,
+        intermediate,
+        choices,
+        tile.rows,
+        tile.columns,
+        num_warps=tile.num_warps,
+        **overlap,
+    )
+    return out
