@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "amx.h"
 #include "micro.h"
 
 namespace atom {
@@ -16,17 +17,36 @@ namespace {
 constexpr int64_t kTile = 64, kSplit = 128, kTileRows = 64;
 constexpr int kFewRows = 8;  // a decode has few rows and reads each key once
 
-// How the products are computed: on floats, or on bf16 pairs where the machine has the instruction.
+// How the products are computed: on floats, or on bf16 pairs where the machine has the instruction, or tiles for them.
+// Rows, steps and panels are rounded up to what the products take at once.
+struct NoRegisters {
+  NoRegisters() {}
+};
 struct OnFloat {
+  using Registers = NoRegisters;
   using Step = StepF32;
   using Element = float;
-  static constexpr int64_t width = 1;
+  static constexpr int64_t width = 1, rows = 1, steps = 1, panels = 1;
+  static constexpr bool tiles = false;
 };
 struct OnBF16 {
+  using Registers = NoRegisters;
   using Step = StepBF16;
   using Element = bf16;
-  static constexpr int64_t width = 2;
+  static constexpr int64_t width = 2, rows = 1, steps = 1, panels = 1;
+  static constexpr bool tiles = false;
 };
+#if defined(ATOM_AMX)
+struct OnTiles {
+  struct Registers : TileRegisters {
+    Registers() : TileRegisters(16, 16) {}
+  };
+  using Step = StepAMX;
+  using Element = bf16;
+  static constexpr int64_t width = 2, rows = 16, steps = kStepsOfTile, panels = 2;
+  static constexpr bool tiles = true;
+};
+#endif
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -103,10 +123,9 @@ ATOM_INLINE __m512i interleave_low() {
 }
 #endif
 
-// 16 keys -> [steps][16][width].
+// 16 keys -> [steps][16][width]. `next` are rows to fetch meanwhile, with tiles.
 template <class On, class C>
-void pack_keys(const C* const* keys, int64_t dim, char* out) {
-  const int64_t steps = (dim + On::width - 1) / On::width;
+void pack_keys(const C* const* keys, const C* const* next, int64_t dim, int64_t steps, char* out) {
 #if defined(ATOM_AVX512)
   for (int64_t s = 0; s < steps; s += 16) {
     const int64_t at = s * On::width, left = dim - at;
@@ -114,8 +133,9 @@ void pack_keys(const C* const* keys, int64_t dim, char* out) {
 #pragma GCC unroll 16
     for (int j = 0; j < 16; ++j) {
 #if defined(ATOM_BF16_DOT)
-      if constexpr (std::is_same_v<On, OnBF16>) r[j] = load32(keys[j] + at, left);
+      if constexpr (On::width == 2) r[j] = load32(keys[j] + at, left);
 #endif
+      if constexpr (On::tiles) __builtin_prefetch(next[j] + at, 0, 2);
       if constexpr (std::is_same_v<On, OnFloat>) r[j] = (__m512i)load_some(keys[j] + at, left).r[0];
     }
     transpose16(r);
@@ -137,13 +157,17 @@ void pack_keys(const C* const* keys, int64_t dim, char* out) {
 
 // keys rows -> panels of 16 columns [keys / width][16][width], panel_bytes apart.
 template <class On, class C>
-void pack_values(const C* const* rows, int64_t keys, int64_t dim, int64_t panel_bytes, char* out) {
+void pack_values(const C* const* rows, const C* const* next, int64_t keys, int64_t dim, int64_t panel_bytes, char* out) {
 #if defined(ATOM_BF16_DOT)
-  if constexpr (std::is_same_v<On, OnBF16>) {
+  if constexpr (On::width == 2) {
     const __m512i low = interleave_low(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t k = 0; k < keys; k += 2) {
       for (int64_t c = 0; c < dim; c += 32) {
         const __m512i a = load32(rows[k] + c, dim - c), b = load32(rows[k + 1] + c, dim - c);
+        if constexpr (On::tiles) {
+          __builtin_prefetch(next[k] + c, 0, 2);
+          __builtin_prefetch(next[k + 1] + c, 0, 2);
+        }
         char* to = out + c / 16 * panel_bytes + k * 32;
         _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
         if (dim - c > 16) _mm512_storeu_si512(to + panel_bytes, _mm512_permutex2var_epi16(a, high, b));
@@ -260,17 +284,19 @@ struct TileRows {
 
 template <class On, class Q, class C>
 class Attention {
+  using Registers = typename On::Registers;
+
  public:
   Attention(const AttentionArgs& args) : args_(args) {
     group_ = args.heads / args.kv_heads;
     width_ = round_up(args.dim, 16);
-    steps_ = (args.dim + On::width - 1) / On::width;
+    steps_ = round_up((args.dim + On::width - 1) / On::width, On::steps);
     log2_scale_ = args.scale * 1.44269504088896341f;
   }
 
   void run(int threads) {
     const int64_t tile_tokens = std::max<int64_t>(1, kTileRows / group_), kv_heads = args_.kv_heads;
-    max_rows_ = tile_tokens * group_;
+    max_rows_ = round_up(tile_tokens * group_, On::rows);
     // A decode that takes all heads at once reads the cache in long runs; with few requests, heads are shared out.
     heads_ = args_.requests >= 4 * threads ? kv_heads : 1;
     static thread_local std::vector<Work> work;
@@ -306,6 +332,7 @@ class Attention {
     std::atomic<int64_t> next{0};
     if (parts.empty()) {
       team(threads, [&](int) {
+        const Registers registers;
         // Known one ahead, so that its first keys can be fetched early.
         int64_t i = next.fetch_add(1, std::memory_order_relaxed);
         while (i < count) {
@@ -322,6 +349,7 @@ class Attention {
     const Part* first_part = parts.data();
     std::atomic<int64_t> next_merge{0};
     team(threads, [&](int) {
+      const Registers registers;
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
         const Part& part = first_part[i];
         const Buffers buffers(*this);
@@ -406,7 +434,7 @@ class Attention {
         auto* to = (typename On::Element*)(query + (t * group_ + g) * steps_ * 4);
         if constexpr (std::is_same_v<Q, typename On::Element>) {
           memcpy((void*)to, from, args_.dim * sizeof(Q));
-          if (args_.dim % On::width) to[args_.dim] = {};
+          memset((void*)(to + args_.dim), 0, (steps_ * On::width - args_.dim) * sizeof(Q));
         } else {
           for (int64_t i = 0; i < args_.dim; i += 16)
             store_some(to + i, load_some(from + i, args_.dim - i), args_.dim - i);
@@ -505,7 +533,8 @@ class Attention {
   // The share of the work's head h in the tile that starts at key `start`; the next tile's rows are fetched meanwhile.
   void tile(const Work& w, int64_t h, int64_t start, const TileRows<C>& rows_now, const TileRows<C>& rows_next,
             const Buffers& buffers, const char* query, const State& state) const {
-    const int64_t rows = w.tokens * group_, panels = (rows_now.end + 15) / 16, head = w.head + h;
+    const int64_t rows = w.tokens * group_, panels = round_up((rows_now.end + 15) / 16, On::panels);
+    const int64_t head = w.head + h;
     const C *keys[kTile], *values[kTile];
     alignas(64) float key_scale[kTile], value_scale[kTile];
     head_rows(rows_now, head, panels, buffers.zeros, keys, values);
@@ -530,10 +559,13 @@ class Attention {
     }
 #endif
     const int64_t key_panel = steps_ * 64, value_panel = kTile * 4 * 16 / On::width;
+    const C *next_keys[kTile], *next_values[kTile];
+    if constexpr (On::tiles)
+      head_rows(rows_next, rows_next.head + h, kTile / 16, buffers.zeros, next_keys, next_values);
     for (int64_t p = 0; p < panels; ++p)
-      pack_keys<On>(keys + p * 16, args_.dim, buffers.keys + p * key_panel);
-    pack_values<On>(values, panels * 16, args_.dim, value_panel, buffers.values);
-    fetch(rows_next, rows_next.head + h, 0);
+      pack_keys<On>(keys + p * 16, next_keys + p * 16, args_.dim, steps_, buffers.keys + p * key_panel);
+    pack_values<On>(values, next_values, panels * 16, args_.dim, value_panel, buffers.values);
+    fetch(rows_next, rows_next.head + h, On::tiles ? panels * 16 : 0);
     multiply<typename On::Step>({steps_, query, steps_ * 4, buffers.keys, key_panel, buffers.scores, kTile,
                                  false, nullptr}, rows, panels);
     softmax(w, start, panels, buffers, state, key_scale, value_scale);
@@ -630,6 +662,10 @@ void paged_attention(const AttentionArgs& args, int threads) {
   } else if (args.type == DType::f16) {
     scaled ? attend<OnFloat, f16, f8>(args, threads) : attend<OnFloat, f16, f16>(args, threads);
   } else {
+#if defined(ATOM_AMX)
+    if (has_tiles())
+      return scaled ? attend<OnTiles, bf16, f8>(args, threads) : attend<OnTiles, bf16, bf16>(args, threads);
+#endif
 #if defined(ATOM_BF16_DOT)
     using On = OnBF16;
 #else

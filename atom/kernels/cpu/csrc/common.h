@@ -213,12 +213,15 @@ ATOM_INLINE float lane_max(F16x v) {
 #endif
 }
 
-// 2^x to about 2e-7 relative; 0 for very small x, at least 2^127 (or infinity) for very large, NaN for NaN.
+// 2^x to about 2e-7 relative; 0 where it would be below the normal floats, at least 2^127 (or infinity) for very large
+// x, NaN for NaN.
 ATOM_INLINE F16x exp2(F16x x) {
   F16x o;
   ATOM_EACH {
 #if defined(ATOM_AVX512)
-    const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x.r[i]);
+    // Underflow would take the processor hundreds of cycles: lanes where it happens are not computed.
+    const __mmask16 large = _mm512_cmp_ps_mask((__m512)x.r[i], _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    const __m512 v = (__m512)x.r[i];
     const __m512 n = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     // Infinity minus infinity would be NaN.
     const RegF f = (RegF)_mm512_min_ps(_mm512_set1_ps(0.5f), _mm512_sub_ps(v, n));
@@ -238,7 +241,7 @@ ATOM_INLINE F16x exp2(F16x x) {
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.0f;
 #if defined(ATOM_AVX512)
-    o.r[i] = (RegF)_mm512_scalef_ps((__m512)p, n);
+    o.r[i] = (RegF)_mm512_maskz_scalef_ps(large, (__m512)p, n);
 #else
     o.r[i] = p * power;
 #endif

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "amx.h"
 #include "micro.h"
 
 namespace atom {
@@ -12,10 +13,10 @@ constexpr int64_t kBlockSteps = 1024; // of K (4 KiB a row of A, 64 KiB a panel)
 constexpr int64_t kMaxBlockRows = 192;
 
 template <class T>
-void pack_panel(const T* weight, int64_t first, int64_t rows, int64_t k, int64_t ldw, T* out) {
+void pack_panel(const T* weight, int64_t first, int64_t rows, int64_t k, int64_t steps, int64_t ldw, T* out) {
   constexpr int64_t width = std::is_same_v<T, bf16> ? 2 : 1;
   constexpr int64_t kTile = 64 / (width * sizeof(T));  // steps: a cache line of each row, which stays until it is used
-  const int64_t steps = (k + width - 1) / width, whole = k / width;
+  const int64_t whole = k / width;
   if (rows < kPanel || whole < steps) memset((void*)out, 0, steps * kPanel * width * sizeof(T));
   for (int64_t begin = 0; begin < whole; begin += kTile) {
     const int64_t end = std::min(begin + kTile, whole);
@@ -25,7 +26,7 @@ void pack_panel(const T* weight, int64_t first, int64_t rows, int64_t k, int64_t
         memcpy((void*)(out + (s * kPanel + j) * width), row + s * width, width * sizeof(T));
     }
   }
-  if (whole < steps)
+  if (k % width)
     for (int64_t j = 0; j < rows; ++j) out[(whole * kPanel + j) * width] = weight[(first + j) * ldw + k - 1];
 }
 
@@ -98,7 +99,7 @@ void linear_block(const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int
 // Rows of A as the register tiles read them: as they are where possible.
 Operand operand(const LinearArgs& args, Scratch& scratch, bool& convert) {
 #if defined(ATOM_BF16_DOT)
-  const bool as_is = args.type == DType::f32 || (args.type == DType::bf16 && args.k % 2 == 0);
+  const bool as_is = args.type == DType::f32 || (args.type == DType::bf16 && ksteps(args.type, args.k) * 2 == args.k);
   const int64_t width = args.type == DType::bf16 ? 2 : 4;
 #else
   const bool as_is = args.type == DType::f32;
@@ -115,7 +116,7 @@ void convert_row(const LinearArgs& args, int64_t row, char* to) {
     const bf16* from = (const bf16*)args.x + row * args.ldx;
 #if defined(ATOM_BF16_DOT)
     memcpy(to, from, args.k * 2);
-    if (args.k % 2) ((uint16_t*)to)[args.k] = 0;
+    memset(to + args.k * 2, 0, (ksteps(args.type, args.k) * 2 - args.k) * 2);
 #else
     for (int64_t i = 0; i < args.k; ++i) ((float*)to)[i] = bf16_to_float(from[i].bits);
     if (args.k % 2) ((float*)to)[args.k] = 0;
@@ -129,6 +130,14 @@ void convert_row(const LinearArgs& args, int64_t row, char* to) {
 
 }  // namespace
 
+int64_t ksteps(DType type, int64_t k) {
+  const int64_t steps = (k + kwidth(type) - 1) / kwidth(type);
+#if defined(ATOM_AMX)
+  if (type == DType::bf16) return (steps + kStepsOfTile - 1) / kStepsOfTile * kStepsOfTile;
+#endif
+  return steps;
+}
+
 void pack_weight(DType type, const void* weight, int64_t n, int64_t k, int64_t ldw, bool paired, void* packed,
                  int threads) {
   by_type(type, [&](auto tag) {
@@ -139,7 +148,8 @@ void pack_weight(DType type, const void* weight, int64_t n, int64_t k, int64_t l
       for (int64_t p = begin; p < end; ++p) {
         const int64_t first = paired ? p / 2 * kPanel : p * kPanel;
         const int64_t rows = std::min(kPanel, (paired ? half : n) - first);
-        pack_panel((const T*)weight, first + (paired && p % 2 ? half : 0), rows, k, ldw, (T*)packed + p * size);
+        pack_panel((const T*)weight, first + (paired && p % 2 ? half : 0), rows, k, ksteps(type, k), ldw,
+                   (T*)packed + p * size);
       }
     });
   });
@@ -170,12 +180,17 @@ void linear(const LinearArgs& args, int threads) {
   shares(threads, kGroup / unit, columns_of, [&](int part, int64_t begin, int64_t end) {
     const Range m = share(args.m, part % best_rows, best_rows);
     if (args.type == DType::f32) linear_block<StepF32>(args, a, m.begin, m.end, begin * unit, end * unit);
+#if defined(ATOM_AMX)
+    else if (args.type == DType::bf16 && has_tiles())
+      linear_block<StepAMX>(args, a, m.begin, m.end, begin * unit, end * unit);
+#endif
     else if (args.type == DType::bf16) linear_block<StepBF16>(args, a, m.begin, m.end, begin * unit, end * unit);
     else linear_block<StepF16>(args, a, m.begin, m.end, begin * unit, end * unit);
   });
 }
 
 const char* isa() {
+  if (has_tiles()) return "amx_bf16";
 #if defined(ATOM_BF16_DOT)
   return "avx512_bf16";
 #elif defined(ATOM_AVX512)

@@ -11,7 +11,7 @@ enum class DType { f32, bf16, f16, f8e4m3 };
 // side by side as the dot-product instruction wants them. Columns and K are padded with zeros.
 constexpr int64_t kPanel = 16;
 inline int64_t kwidth(DType t) { return t == DType::bf16 ? 2 : 1; }
-inline int64_t ksteps(DType t, int64_t k) { return (k + kwidth(t) - 1) / kwidth(t); }
+int64_t ksteps(DType t, int64_t k);
 inline int64_t element_size(DType t) { return t == DType::f32 ? 4 : t == DType::f8e4m3 ? 1 : 2; }
 
 // weight [n, k] with row stride ldw -> packed. paired: rows are gate above up (n = 2 * I); panels alternate
