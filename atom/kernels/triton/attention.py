@@ -7,6 +7,7 @@ Sizes are decided on the host from numbers it knows; nothing here waits for the 
 """
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -14,6 +15,8 @@ import triton.language as tl
 
 from atom.kernels.triton.decode_rows import MOST_HEADS, decode_rows_kernel, first_key, split_length
 from atom.kernels.triton.launch import (
+    CHIP,
+    decode_float8_tile,
     decode_rows_tile,
     decode_tile,
     next_power_of_2,
@@ -24,6 +27,9 @@ from atom.kernels.triton.launch import (
 from atom.kernels.triton.launcher import Launcher
 from atom.kernels.triton.numerics import dot, round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
+
+if CHIP == "hopper":
+    from atom.kernels.triton import decode_float8
 
 _LOG2_E = math.log2(math.e)
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # decode programs that should be in flight
@@ -112,7 +118,7 @@ def _attend_tile(
     return new_top, total, acc
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_splits"])
+@triton.jit(do_not_specialize=["table_stride", "num_splits", "least"])
 def _decode_kernel(
     query,
     k_cache,
@@ -127,6 +133,7 @@ def _decode_kernel(
     scale,
     table_stride,
     num_splits,
+    least,
     query_stride_token,
     query_stride_head,
     output_stride_token,
@@ -139,13 +146,11 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
-    LEAST: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
     SCALED: tl.constexpr,
-    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -161,15 +166,11 @@ def _decode_kernel(
     split = tl.program_id(2)
     seq_len = tl.load(seq_lens + request)
     first = first_key(seq_len, WINDOW)
-    if SPLIT:
-        length = split_length(seq_len - first, num_splits, KEYS, LEAST)
-        begin = first + split * length
-        end = tl.minimum(begin + length, seq_len)
-        if begin >= end:
-            return
-    else:
-        begin = first
-        end = seq_len
+    length = split_length(seq_len - first, num_splits, KEYS, least)
+    begin = first + split * length
+    end = tl.minimum(begin + length, seq_len)
+    if (begin >= end) & (split > 0):  # a request of no keys has one part: its output is zero
+        return
     group = tl.arange(0, HEADS)
     columns = tl.arange(0, PADDED)
     heads = kv_head * GROUP + group
@@ -213,28 +214,25 @@ def _decode_kernel(
         )
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     target = output + request * output_stride_token + heads[:, None] * output_stride_head + columns[None, :]
-    if SPLIT:
-        if length < seq_len - first:
-            row = (request * tl.num_programs(0) * GROUP + heads) * num_splits + split
-            tl.store(parts_log + row, top + tl.log2(total), mask=group < GROUP)
-            tl.store(parts + row[:, None] * HEAD_DIM + columns[None, :], acc, mask=inside)
-        else:
-            tl.store(target, round_to(acc, output.dtype.element_ty), mask=inside)
+    if length < seq_len - first:
+        row = (request * tl.num_programs(0) * GROUP + heads) * num_splits + split
+        tl.store(parts_log + row, top + tl.log2(total), mask=group < GROUP)
+        tl.store(parts + row[:, None] * HEAD_DIM + columns[None, :], acc, mask=inside)
     else:
         tl.store(target, round_to(acc, output.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits", "least"])
 def _merge_kernel(
     parts,
     parts_log,
     seq_lens,
     output,
     num_splits,
+    least,
     output_stride_token,
     output_stride_head,
     KEYS: tl.constexpr,
-    LEAST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -248,7 +246,7 @@ def _merge_kernel(
     request = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens + request)
     num_keys = seq_len - first_key(seq_len, WINDOW)
-    used = tl.cdiv(num_keys, split_length(num_keys, num_splits, KEYS, LEAST))
+    used = tl.cdiv(num_keys, split_length(num_keys, num_splits, KEYS, least))
     if used == 1:
         return
     columns = tl.arange(0, PADDED)
@@ -465,37 +463,59 @@ def paged_attention(
     scale *= _LOG2_E
     table_stride = block_table.stride(0)
     if num_decodes:
-        by_rows = scaled and group <= MOST_HEADS
         num_keys = min(max_seq_len, sliding_window) if sliding_window else max_seq_len
         groups, multiprocessors = num_decodes * num_kv_heads, num_multiprocessors(query.device)
         splits = num_splits(groups, num_keys, multiprocessors)
         least = _LEAST_KEYS if groups < multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR else _LEAST_KEYS_OF_MANY
-        if by_rows:
-            tile = decode_rows_tile(groups >= 8 * multiprocessors)
-        else:
-            tile = decode_tile(padded, itemsize, k_cache.element_size())
         overlap = overlap_options(query.device)
-        parts = parts_log = None
         if splits > 1:
             parts = torch.empty((num_decodes, num_heads, splits, head_dim), dtype=torch.float32, device=query.device)
             parts_log = torch.empty((num_decodes, num_heads, splits), dtype=torch.float32, device=query.device)
+        else:
+            parts = parts_log = _no_parts(query.device)
         grid = num_kv_heads, num_decodes, splits
         pointers = query, k_cache, v_cache, k_scale, v_scale, seq_lens, block_table, output, parts, parts_log
-        numbers = scale, table_stride, splits, *strides
-        sizes = tile.columns, least, block_size, head_dim, padded, sliding_window
-        if by_rows:
-            constants: tuple[int, ...] = (group, *sizes, splits > 1, tile.num_stages)
-            _launch_decode_rows(grid, pointers, numbers, constants, num_warps=tile.num_warps, **overlap)
+        numbers = scale, table_stride, splits, least
+        if scaled and _float8_has_kernel(query, k_cache, group):
+            tile = decode_float8_tile(head_dim)
+            rows = -(-group // tile.rows) * tile.rows
+            subtiles = tile.columns // (decode_float8.SUBTILE * tile.num_warps)
+            in_words = [stride // 4 for stride in strides[4:7]]
+            decode_float8.launch(
+                grid,
+                pointers,
+                (*numbers, *strides[:4], in_words[0], in_words[2], *strides[7:]),
+                (group, rows, tile.num_warps, subtiles, in_words[1], block_size, head_dim, sliding_window),
+                num_warps=tile.num_warps,
+                **overlap,
+            )
+        elif scaled and group <= MOST_HEADS:
+            tile = decode_rows_tile(groups >= 8 * multiprocessors)
+            _launch_decode_rows(
+                grid,
+                pointers,
+                (*numbers, *strides),
+                (group, tile.columns, block_size, head_dim, padded, sliding_window, tile.num_stages),
+                num_warps=tile.num_warps,
+                **overlap,
+            )
         else:
+            tile = decode_tile(padded, itemsize, k_cache.element_size())
             rows = max(tile.rows, next_power_of_2(group))
-            constants = (group, rows, *sizes, scaled, splits > 1, tile.num_stages)
-            _launch_decode(grid, pointers, numbers, constants, num_warps=tile.num_warps, **overlap)
+            _launch_decode(
+                grid,
+                pointers,
+                (*numbers, *strides),
+                (group, rows, tile.columns, block_size, head_dim, padded, sliding_window, scaled, tile.num_stages),
+                num_warps=tile.num_warps,
+                **overlap,
+            )
         if splits > 1:
             _launch_merge(
                 (num_heads, num_decodes, 1),
                 (parts, parts_log, seq_lens, output),
-                (splits, output.stride(0), output.stride(1)),
-                (tile.columns, least, head_dim, padded, sliding_window, _PARTS),
+                (splits, least, output.stride(0), output.stride(1)),
+                (tile.columns, head_dim, padded, sliding_window, _PARTS),
                 num_warps=2,
                 **overlap,
             )
@@ -517,6 +537,27 @@ def paged_attention(
             (group, rows, tile.columns, block_size, head_dim, padded, sliding_window, scaled, tile.num_stages),
             num_warps=warps,
         )
+
+
+def _float8_has_kernel(query: torch.Tensor, cache: torch.Tensor, group: int) -> bool:
+    """Whether `decode_float8` serves these shapes here."""
+    return (
+        CHIP == "hopper"
+        and overlap_options(query.device)["OVERLAP"]
+        and cache.dtype == torch.float8_e4m3fn
+        and query.dtype != torch.float32
+        and cache.shape[3] in decode_float8.HEAD_DIMS
+        and cache.shape[1] % decode_float8.SUBTILE == 0
+        and group <= decode_float8.MOST_HEADS
+        and cache.stride(1) % 16 == 0
+        and cache.stride(2) % 16 == 0
+    )
+
+
+@cache
+def _no_parts(device: torch.device) -> torch.Tensor:
+    """What is given, and never written to, where requests aren't split: the kernel is the same."""
+    return torch.empty(4, dtype=torch.float32, device=device)
 
 
 def num_splits(num_groups: int, num_keys: int, multiprocessors: int) -> int:

@@ -15,9 +15,9 @@ MOST_HEADS = 2  # query heads a key head
 
 
 @triton.jit
-def split_length(num_keys, num_splits, KEYS: tl.constexpr, LEAST: tl.constexpr):
+def split_length(num_keys, num_splits, KEYS: tl.constexpr, least):
     """Keys of one split, a multiple of KEYS: a request is cut into equal parts whatever its length, not too short."""
-    return tl.cdiv(tl.maximum(tl.cdiv(num_keys, num_splits), LEAST), KEYS) * KEYS
+    return tl.cdiv(tl.maximum(tl.cdiv(num_keys, num_splits), least), KEYS) * KEYS
 
 
 @triton.jit
@@ -55,7 +55,6 @@ def _store(
     columns,
     is_part,
     HEAD_DIM: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """Merge the rows' softmaxes; `output` is the head's row, `row` its place among the parts."""
     highest = tl.max(top, axis=0)
@@ -63,17 +62,14 @@ def _store(
     whole = tl.sum(total * weight, axis=0)
     result = tl.sum(acc * weight[:, None], axis=0) / tl.where(whole == 0.0, 1.0, whole)
     exists = columns < HEAD_DIM
-    if SPLIT:
-        if is_part:
-            tl.store(parts_log + row, highest + tl.log2(whole))
-            tl.store(parts + row * HEAD_DIM + columns, result, mask=exists)
-        else:
-            tl.store(output + columns, round_to(result, output.dtype.element_ty), mask=exists)
+    if is_part:
+        tl.store(parts_log + row, highest + tl.log2(whole))
+        tl.store(parts + row * HEAD_DIM + columns, result, mask=exists)
     else:
         tl.store(output + columns, round_to(result, output.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_splits"])
+@triton.jit(do_not_specialize=["table_stride", "num_splits", "least"])
 def decode_rows_kernel(
     query,
     k_cache,
@@ -88,6 +84,7 @@ def decode_rows_kernel(
     scale,
     table_stride,
     num_splits,
+    least,
     query_stride_token,
     query_stride_head,
     output_stride_token,
@@ -99,12 +96,10 @@ def decode_rows_kernel(
     scale_stride_token,
     GROUP: tl.constexpr,
     KEYS: tl.constexpr,
-    LEAST: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -116,15 +111,11 @@ def decode_rows_kernel(
     split = tl.program_id(2)
     seq_len = tl.load(seq_lens + request)
     first = first_key(seq_len, WINDOW)
-    begin = first
-    end = seq_len
-    length = seq_len
-    if SPLIT:
-        length = split_length(seq_len - first, num_splits, KEYS, LEAST)
-        begin = first + split * length
-        end = tl.minimum(begin + length, seq_len)
-        if begin >= end:
-            return
+    length = split_length(seq_len - first, num_splits, KEYS, least)
+    begin = first + split * length
+    end = tl.minimum(begin + length, seq_len)
+    if (begin >= end) & (split > 0):  # a request of no keys has one part: its output is zero
+        return
     columns = tl.arange(0, PADDED)
     exists = columns < HEAD_DIM
     table = block_table + request * table_stride
@@ -162,8 +153,8 @@ def decode_rows_kernel(
     head = kv_head * GROUP
     target = output + request * output_stride_token + head * output_stride_head
     row = (request * tl.num_programs(0) * GROUP + head) * num_splits + split
-    _store(top0, total0, acc0, target, parts, parts_log, row, columns, length < seq_len - first, HEAD_DIM, SPLIT)
+    _store(top0, total0, acc0, target, parts, parts_log, row, columns, length < seq_len - first, HEAD_DIM)
     if GROUP > 1:
         target += output_stride_head
         row += num_splits
-        _store(top1, total1, acc1, target, parts, parts_log, row, columns, length < seq_len - first, HEAD_DIM, SPLIT)
+        _store(top1, total1, acc1, target, parts, parts_log, row, columns, length < seq_len - first, HEAD_DIM)

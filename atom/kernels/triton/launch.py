@@ -67,6 +67,12 @@ def decode_rows_tile(fills_chip: bool) -> Tile:
 
 
 @cache
+def decode_float8_tile(head_dim: int) -> Tile:
+    """For `decode_float8_kernel`: `columns` keys at a time, a multiple of 16 for each warp."""
+    return Tile(8, 64, 2, 1)
+
+
+@cache
 def prefill_tile(head_dim: int, itemsize: int, fills_chip: bool) -> Tile:
     """rows = query tokens x heads of a group; columns = keys. head_dim is a power of two."""
     if CHIP == "interpret":
