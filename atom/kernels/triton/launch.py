@@ -69,7 +69,7 @@ def decode_rows_tile(fills_chip: bool) -> Tile:
 @cache
 def decode_float8_tile(head_dim: int) -> Tile:
     """For `decode_float8_kernel`: `columns` keys at a time, a multiple of 16 for each warp."""
-    return Tile(8, 64, 2, 1)
+    return Tile(8, 32, 2, 1)
 
 
 @cache
