@@ -38,7 +38,8 @@ def build_forward(model: nn.Module, config: Config, platform: Platform, device: 
     splitting_ops = compilation.splitting_ops or [] if compilation.level == CompilationLevel.PIECEWISE else []
     sizes = compilation.sizes_to_compile(config.graph_bs or [])
     facts = {
-        "model": config.hf_config.to_dict(),
+        # Where it was read from doesn't matter.
+        "model": {k: v for k, v in config.hf_config.to_dict().items() if k != "_name_or_path"},
         "dtype": str(config.torch_dtype),
         "max_model_len": config.max_model_len,
         "attention": config.attention_backend,
