@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from atom.model_engine.model_runner import ModelRunner
 
 _LONG = 4096 + 300  # tokens of a prompt with a part for long prompts' own kernel, which is slow once, and a rest
+# Prompts that are no long parts and together fill a GPU, one that doesn't, and a tail of one: each is attended to, or
+# sent to experts, in tiles of another size.
+_SHORT: tuple[tuple[int, ...], ...] = ((1500, 1500), (600,), (2,))
 _FILTERS: tuple[dict[str, Any], ...] = (
     {},
     {"top_p": 0.9},
@@ -19,7 +22,7 @@ _FILTERS: tuple[dict[str, Any], ...] = (
 
 
 def warm_up(runner: "ModelRunner", num_tokens: int) -> None:
-    """A long prompt alone, then short chunks beside decodes, with each way of sampling.
+    """A long prompt alone, shorter ones, then short chunks beside decodes, with each way of sampling.
 
     num_tokens: that the cache holds. Writes to its first blocks: call it before they hold anything.
     """
@@ -28,6 +31,9 @@ def warm_up(runner: "ModelRunner", num_tokens: int) -> None:
     room = min(num_tokens, config.max_model_len, config.max_num_batched_tokens)
     if long := min(_LONG, room - 1):
         _run(runner, {"long": (long, 0)}, {"temperature": 0})
+    for lengths in _SHORT:
+        if config.max_num_seqs >= len(lengths) and sum(lengths) <= room:
+            _run(runner, {str(i): (n, 0) for i, n in enumerate(lengths)}, {"temperature": 0})
     chunk = min(40, room // 4)
     if config.max_num_seqs > 1 and chunk:
         for filters in _FILTERS:

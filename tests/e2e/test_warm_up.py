@@ -61,5 +61,5 @@ def test_it_steps_through_each_kind_of_kernel(path, monkeypatch):
         model_runner.ModelRunner, "submit", lambda self, batch: steps.append(batch) or original(self, batch)
     )
     tokens_of(path, True, {"max_model_len": 128, "num_kvcache_blocks": 16})
-    prompts = [list(batch.num_scheduled_tokens.values()) for batch in steps[:6]]
-    assert prompts == [[127], *[[1, 32]] * 5]
+    prompts = [list(batch.num_scheduled_tokens.values()) for batch in steps[:7]]
+    assert prompts == [[127], [2], *[[1, 32]] * 5]
