@@ -1,7 +1,8 @@
 """Long prompts through cuDNN's attention (torch's, on NVIDIA GPUs from Hopper on) instead of our paged Triton kernel.
 
-Why: cuDNN's kernel is clearly faster for 1024 query tokens or more, but it wants contiguous keys, and the first call
-of each new shape costs the host 50 to 75 ms (0.84 s the very first), as cuDNN builds a plan for it. So only a part
+Why: cuDNN's kernel is clearly faster for long prompts (for 1024 tokens it isn't, and its calls and copies cost the host
+0.1 ms a layer more), but it wants contiguous keys, and the first call of each new shape costs the host 50 to 75 ms
+(0.84 s the very first), as cuDNN builds a plan for it. So only a part
 of a prompt goes there, cut to one of few lengths; the rest of its tokens goes to the paged kernel together with the
 step's other requests, as chunks that find all their keys in the cache. `LongPrompts.cut` decides on the host, once a
 step, `attend` runs in each layer.
@@ -48,7 +49,7 @@ class LongPrompts:
     tokens on. After cached keys: such a multiple from the position that `piece` divides on, if as many tokens follow.
     """
 
-    shortest: int = 1024
+    shortest: int = 2048
     step: int = 512
     long_from: int = 4096
     long_step: int = 1024

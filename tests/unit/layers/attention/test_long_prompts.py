@@ -89,9 +89,9 @@ def test_nothing_is_cut_for_backends_that_did_not_ask():
 @pytest.mark.parametrize(
     ("length", "context", "expected"),
     [
-        (1023, 0, (0, 0)),
-        (1024, 0, (0, 1024)),
-        (1535, 0, (0, 1024)),
+        (2047, 0, (0, 0)),
+        (2048, 0, (0, 2048)),
+        (2559, 0, (0, 2048)),
         (4095, 0, (0, 3584)),
         (5119, 0, (0, 4096)),
         (16383, 0, (0, 15360)),
@@ -113,8 +113,8 @@ def test_the_part_of_a_chunk(length, context, expected):
 def test_shapes_are_few_and_most_of_a_prompt_is_in_its_part():
     rule = LongPrompts()
     fresh = {length: rule.find(length, 0)[1] for length in range(1, 16385)}
-    assert len(set(fresh.values()) - {0}) == 4096 // 512 - 2 + (16384 - 4096) // 1024 + 1
-    assert all(part > length - min(1024, length / 2) for length, part in fresh.items() if length >= 1024)
+    assert len(set(fresh.values()) - {0}) == 4096 // 512 - 4 + (16384 - 4096) // 1024 + 1
+    assert all(part > length - min(1024, length / 2) for length, part in fresh.items() if length >= 2048)
     for context in np.random.default_rng(0).integers(1, 131072, 500).tolist():
         skipped, length = rule.find(16384, context)
         if length:
