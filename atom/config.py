@@ -111,6 +111,7 @@ class CUDAGraphMode(Enum):
 
 _SPLITTING_OPS = ("aiter.unified_attention_with_output", "aiter.mla_attention")
 _CAPTURE_SIZES_KEYWORD = "cudagraph_capture_sizes"
+_PROMPT_GRAPH_SIZES = range(128, 1025, 128)  # longer steps keep a GPU busy while the host prepares their kernels
 
 
 @dataclass(kw_only=True)
@@ -514,6 +515,7 @@ class Config(StrictConfig):
     model_path: "ModelPath" = field(init=False, repr=False)
     per_req_cache_equiv_blocks: int = field(init=False, default=0)
     num_per_req_cache_groups: int = field(init=False, default=0)
+    prompt_graph_sizes: list[int] = field(init=False, default_factory=list)  # beyond graph_bs, in tokens
     reasons: dict[str, str] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -697,7 +699,9 @@ class Config(StrictConfig):
             return
         sizes = self.graph_bs if self.graph_bs is not None else compilation.capture_sizes()
         self.graph_bs = sorted({size for size in sizes if size <= self.max_num_seqs})
-        if self.is_user_set("graph_bs") or compilation.is_user_set("cudagraph_capture_sizes"):
+        is_given = self.is_user_set("graph_bs") or compilation.is_user_set("cudagraph_capture_sizes")
+        self.prompt_graph_sizes = self._find_prompt_graph_sizes(sizes if is_given else _PROMPT_GRAPH_SIZES)
+        if is_given:
             reason = "given"
         elif compilation.cudagraph_capture_sizes is not None:
             reason = "the default of --cudagraph-capture-sizes"
@@ -706,6 +710,13 @@ class Config(StrictConfig):
         if len(self.graph_bs) < len(set(sizes)):
             reason += f", less those over max_num_seqs={self.max_num_seqs}"
         self.reasons["graph_bs"] = reason
+
+    def _find_prompt_graph_sizes(self, sizes: Iterable[int]) -> list[int]:
+        """Those that only a step with prompts can have, where such steps have graphs."""
+        mode = self.compilation_config.cudagraph_mode
+        if mode is None or mode.mixed_mode() is CUDAGraphMode.NONE or not self.graph_bs:
+            return []
+        return sorted({size for size in sizes if self.graph_bs[-1] < size <= self.max_num_batched_tokens})
 
 
 # --- building one from flat names ----------------------------------------------------------------

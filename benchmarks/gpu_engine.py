@@ -51,7 +51,7 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
         head_dim=16, intermediate_size=128, vocab_size=512, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 192, 256]
+GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024]  # over 512: prompts
 _WARM_STEPS, _STEPS, _PROFILED_STEPS = 5, 32, 6
 _CLOSE = 0.8  # lines below this share of their limit are profiled
 
@@ -178,7 +178,7 @@ class Profile:
 
 def kind_of_kernel(name: str) -> str:
     lowered = name.lower()
-    if name in _own_kernels("attention", "decode_rows") or re.search(r"attention|flash|fmha|sdpa", lowered):
+    if name in _own_kernels("attention", "decode_") or re.search(r"attention|flash|fmha|sdpa", lowered):
         return "attention"
     products = r"gemm|nvjet|cutlass|cublas|splitk|matmul"
     if name in _own_kernels("linear", "moe", "gemm") or re.search(products, lowered):

@@ -25,32 +25,38 @@ class Dispatch:
 
 
 class GraphDispatcher:
-    """Picks by batch: a uniform decode runs as `decode_mode` says, anything else as `mixed_mode` says."""
+    """Picks by batch: a uniform decode runs as `decode_mode` says, anything else as `mixed_mode` says.
 
-    def __init__(self, mode: CUDAGraphMode, sizes: Sequence[int]) -> None:
+    prompt_sizes: further ones, more tokens than a decode can have.
+    """
+
+    def __init__(self, mode: CUDAGraphMode, sizes: Sequence[int], prompt_sizes: Sequence[int] = ()) -> None:
         self.mode = mode
         self.sizes = sorted(sizes)
+        self.mixed_sizes = sorted({*sizes, *prompt_sizes})
+
+    @property
+    def largest(self) -> int:
+        return self.mixed_sizes[-1] if self.mixed_sizes else 0
 
     def dispatch(self, num_tokens: int, is_decode: bool) -> Dispatch:
         """is_decode: every request has one token, so that num_tokens is the number of requests."""
         kind = self.mode.decode_mode() if is_decode else self.mode.mixed_mode()
-        at = bisect.bisect_left(self.sizes, num_tokens)
-        if kind is CUDAGraphMode.NONE or at == len(self.sizes):
+        sizes = self.sizes if is_decode else self.mixed_sizes
+        at = bisect.bisect_left(sizes, num_tokens)
+        if kind is CUDAGraphMode.NONE or at == len(sizes):
             return Dispatch(CUDAGraphMode.NONE, num_tokens)
-        return Dispatch(kind, self.sizes[at])
+        return Dispatch(kind, sizes[at])
 
     def captures(self) -> list[tuple[CUDAGraphMode, bool, int]]:
         """What to capture, (kind, is_decode, size), the largest first: smaller ones then fit into its memory."""
-        kinds = [(self.mode.decode_mode(), True)]
+        decode, mixed = self.mode.decode_mode(), self.mode.mixed_mode()
+        wanted = [(decode, True, size) for size in self.sizes]
         # Pieces know nothing of requests: one capture serves decodes and mixed batches.
-        if self.mode.mixed_mode() is not self.mode.decode_mode() or self.mode.mixed_mode() is CUDAGraphMode.FULL:
-            kinds.append((self.mode.mixed_mode(), False))
-        return [
-            (kind, is_decode, size)
-            for size in reversed(self.sizes)
-            for kind, is_decode in kinds
-            if kind is not CUDAGraphMode.NONE
-        ]
+        shared = self.sizes if mixed is decode and mixed is not CUDAGraphMode.FULL else []
+        wanted += [(mixed, False, size) for size in self.mixed_sizes if size not in shared]
+        wanted.sort(key=lambda capture: -capture[2])
+        return [capture for capture in wanted if capture[0] is not CUDAGraphMode.NONE]
 
 
 def capturable_mode(mode: CUDAGraphMode, whole: bool, mixed: bool) -> CUDAGraphMode:

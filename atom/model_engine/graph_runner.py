@@ -82,10 +82,12 @@ class GraphRunner:
 
     def _capture_full(self, static: StaticInputs, is_decode: bool, size: int) -> None:
         inputs = static.on_device(size)
+        num_requests = min(size, static.max_requests)
+        starts = static.one_token_each if is_decode else inputs.starts
         metadata = AttentionMetadata(
-            query_start_loc=static.one_token_each[: size + 1] if is_decode else inputs.starts,
-            seq_lens=inputs.seq_lens,
-            block_table=static.block_table[:size],
+            query_start_loc=starts[: num_requests + 1],
+            seq_lens=inputs.seq_lens[:num_requests],
+            block_table=static.block_table[:num_requests],
             slot_mapping=inputs.slots,
             num_decodes=size if is_decode else 0,
             max_query_len=1 if is_decode else size,

@@ -276,9 +276,10 @@ class ModelRunner:
         sizes = [] if mode is CUDAGraphMode.NONE else config.graph_bs or []
         if not sizes:
             return None
+        prompt_sizes = config.prompt_graph_sizes if mode.mixed_mode() is not CUDAGraphMode.NONE else []
         return StaticInputs(
             self.platform,
-            GraphDispatcher(mode, sizes),
+            GraphDispatcher(mode, sizes, prompt_sizes),
             config.max_num_seqs,
             self._max_model_len,
             config.kv_cache_block_size,
@@ -304,7 +305,7 @@ class ModelRunner:
                 "CUDA graphs: %d captured (%s, sizes %s) in %.1f s, %.2f GiB",
                 count,
                 dispatcher.mode.name,
-                dispatcher.sizes,
+                dispatcher.mixed_sizes,
                 time.perf_counter() - started,
                 (free_before - self.platform.memory()[0]) / 2**30,
             )

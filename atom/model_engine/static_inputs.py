@@ -77,7 +77,7 @@ class StaticInputs:
 
     A graph never sees the next step's inputs: they come by a copy on the same stream, which waits for the graph. And
     a copy never sees the step after: the host writes to a buffer that the fence says has been read, or to a new one.
-    The block table stays on the device, [largest size, blocks]; `send_table` writes rows anew.
+    The block table stays on the device, [requests, blocks]; `send_table` writes rows anew.
     """
 
     def __init__(
@@ -88,17 +88,18 @@ class StaticInputs:
         self.max_model_len = max_model_len
         self._platform = platform
         device = platform.device()
-        largest = max(dispatcher.sizes, default=0)
+        largest = dispatcher.largest
+        self.max_requests = min(largest, num_rows)
         self._num_bytes = -(-_spans(largest)[-1][1] // 16) * 16
         self.num_columns = -(-max_model_len // block_size)
-        self.num_cells = largest * self.num_columns
+        self.num_cells = self.max_requests * self.num_columns
         self._memory = torch.zeros(self.num_rows + self._num_bytes // 8, dtype=torch.int64, device=device)
         self.last_token = self._memory[: self.num_rows]  # before `known`, so that both are one source
         self._filled = self._memory[self.num_rows :].view(torch.uint8)
         self._targets: dict[int, torch.Tensor] = {}
         self._ids = torch.zeros(largest, dtype=torch.int64, device=device)
         self._cells = torch.zeros(self.num_cells + 1, dtype=torch.int32, device=device)  # the last one is no one's
-        self.block_table = self._cells[: self.num_cells].view(largest, self.num_columns)
+        self.block_table = self._cells[: self.num_cells].view(self.max_requests, self.num_columns)
         self.one_token_each = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._on_device: dict[int, DeviceInputs] = {}
         self._decodes: dict[tuple[int, int], Views] = {}

@@ -362,6 +362,17 @@ def test_graph_batch_sizes_are_limited_by_max_num_seqs(model):
     assert Config(model, compilation_config={"use_cudagraph": False}).graph_bs == []
 
 
+def test_steps_with_prompts_have_larger_graphs_where_they_have_any(model):
+    config = config_from_kwargs(model, max_num_seqs=20, level=3)
+    assert config.prompt_graph_sizes == list(range(128, 1025, 128))
+    few = config_from_kwargs(model, max_num_seqs=20, level=3, max_num_batched_tokens=300)
+    assert few.prompt_graph_sizes == [128, 256]
+    given = config_from_kwargs(model, level=3, cudagraph_mode="FULL", cudagraph_capture_sizes=[1, 4, 600])
+    assert (given.graph_bs, given.prompt_graph_sizes) == ([1, 4], [600])
+    decodes = config_from_kwargs(model, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 4, 600])
+    assert decodes.prompt_graph_sizes == []
+
+
 def test_enforce_eager_turns_off_compilation_and_graphs_here_only(model):
     shared = CompilationConfig(level=3)
     config = Config(model, enforce_eager=True, compilation_config=shared)

@@ -26,9 +26,19 @@ def test_dispatch(mode, num_tokens, is_decode, expected):
     assert GraphDispatcher(mode, SIZES).dispatch(num_tokens, is_decode) == expected
 
 
+def test_only_steps_with_prompts_use_their_sizes():
+    dispatcher = GraphDispatcher(Mode.FULL_AND_PIECEWISE, SIZES, [20, 40])
+    assert dispatcher.largest == 40
+    assert dispatcher.dispatch(9, False) == Dispatch(Mode.PIECEWISE, 20)
+    assert dispatcher.dispatch(41, False) == Dispatch(Mode.NONE, 41)
+    assert dispatcher.dispatch(9, True) == Dispatch(Mode.NONE, 9)
+    assert GraphDispatcher(Mode.FULL, []).largest == 0
+
+
+@pytest.mark.parametrize("prompt_sizes", [[], [10, 11]])
 @pytest.mark.parametrize("mode", Mode)
-def test_everything_dispatched_to_was_captured_from_large_to_small(mode):
-    dispatcher = GraphDispatcher(mode, SIZES)
+def test_everything_dispatched_to_was_captured_from_large_to_small(mode, prompt_sizes):
+    dispatcher = GraphDispatcher(mode, SIZES, prompt_sizes)
     captured = dispatcher.captures()
     assert [size for *_, size in captured] == sorted((size for *_, size in captured), reverse=True)
     full = {(is_decode, size) for kind, is_decode, size in captured if kind is Mode.FULL}

@@ -46,8 +46,8 @@ def late_device():
     return LateDevice()
 
 
-def make_static(platform, sizes=(1, 2, 4, 16), mode=CUDAGraphMode.FULL):
-    return StaticInputs(platform, GraphDispatcher(mode, sizes), ROWS, MAX_LEN, BLOCK_SIZE)
+def make_static(platform, sizes=(1, 2, 4, 16), mode=CUDAGraphMode.FULL, prompt_sizes=()):
+    return StaticInputs(platform, GraphDispatcher(mode, sizes, prompt_sizes), ROWS, MAX_LEN, BLOCK_SIZE)
 
 
 def test_a_buffer_is_written_again_once_the_device_has_read_it(late_device):
@@ -152,7 +152,8 @@ class World:
 
     def compare(self, step, plain):
         num_tokens, num_requests, num_sampled = len(plain.positions), len(plain.rows), len(plain.sampled_rows)
-        assert (step.graph is not None) == (num_tokens <= 16)
+        sizes = self.static.dispatcher.mixed_sizes if num_tokens > num_requests else self.static.dispatcher.sizes
+        assert (step.graph is not None) == (num_tokens <= sizes[-1])
         assert step.request_ids == plain.request_ids
         np.testing.assert_array_equal(step.sampled_rows, plain.sampled_rows)
         got, want = step.metadata, plain.metadata
@@ -179,9 +180,10 @@ class World:
             assert got.block_table[i, :used].tolist() == want.block_table[i, :used].tolist()
 
 
+@pytest.mark.parametrize("prompt_sizes", [(), (24, 40)])
 @pytest.mark.parametrize("seed", range(4))
-def test_static_steps_equal_plain_ones(seed):
-    world = World(make_static(CpuPlatform()), seed)
+def test_static_steps_equal_plain_ones(seed, prompt_sizes):
+    world = World(make_static(CpuPlatform(), prompt_sizes=prompt_sizes), seed)
     for _ in range(400):
         world.step()
     assert world.count > 20
