@@ -38,6 +38,7 @@ _LEAST_KEYS_OF_MANY = 1024  # where requests fill the GPU, so that only long one
 _MOST_KEYS = 4096  # of a split, so that long requests don't run on alone
 _MAX_SPLITS = 128
 _PARTS = 16  # splits merged at a time
+_REQUESTS = 256  # looked at at a time for the one whose tile a program computes
 
 
 @triton.jit
@@ -297,6 +298,7 @@ def _prefill_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    REQUESTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -313,15 +315,14 @@ def _prefill_kernel(
     # Causality makes the last tiles the longest: they go first.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     kv_head = tl.program_id(0)
-    low = num_decodes
-    high = num_requests - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        before = tl.load(query_start_loc + middle) - num_decodes
-        if before // TOKENS + middle - num_decodes <= tile:
-            low = middle
-        else:
-            high = middle - 1
+    # The last request whose tiles begin no later; read side by side, as CUDA graphs have many requests without tokens.
+    before = 0
+    for skipped in range(0, num_requests - num_decodes, REQUESTS):
+        others = num_decodes + skipped + tl.arange(0, REQUESTS)
+        starts = tl.load(query_start_loc + others, mask=others < num_requests, other=0) - num_decodes
+        begun = (starts // TOKENS + others - num_decodes <= tile) & (others < num_requests)
+        before += tl.sum(begun.to(tl.int32), axis=0)
+    low = num_decodes + before - 1
     request = low.to(tl.int64)
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
@@ -534,7 +535,18 @@ def paged_attention(
             (num_kv_heads, num_tiles, 1),
             (query, k_cache, v_cache, k_scale, v_scale, query_start_loc, seq_lens, block_table, output),
             (scale, table_stride, num_decodes, num_requests, *strides),
-            (group, rows, tile.columns, block_size, head_dim, padded, sliding_window, scaled, tile.num_stages),
+            (
+                group,
+                rows,
+                tile.columns,
+                _REQUESTS,
+                block_size,
+                head_dim,
+                padded,
+                sliding_window,
+                scaled,
+                tile.num_stages,
+            ),
             num_warps=warps,
         )
 
