@@ -492,6 +492,7 @@ def small_cases() -> list[Case]:
         _case(attention, check_attention, [1, 1, 1], [300, 0, 70], (3, 1), 64, 16, FP32, FN),
         _case(attention, check_attention, [1, 1], [90, 17], (8, 2), 80, 16, FP16, FN, window=50),
         _case(attention, check_attention, [1], [100], (7, 1), 128, 16, BF16, FN),
+        _case(attention, check_attention, [1, 1, 1], [90, 0, 33], (4, 2), 64, 8, BF16, FN),
         # whole prompts, chunks, both with decodes
         _case(attention, check_attention, [64], [64], (2, 2), 64, 16, FP32),
         _case(attention, check_attention, [2, 3, 19], [2, 70, 19], (6, 2), 64, 16, FP32, padding=3),
@@ -579,6 +580,18 @@ def full_cases(fp8: torch.dtype = FN) -> list[Case]:
         cases.append(_case("paged_attention", check_attention, *lens, (8, 2), head_dim, 16, FP32))
         cases.append(_case("paged_attention", check_attention, *lens, (8, 2), head_dim, 16, BF16, fp8))
         cases.append(_case("paged_attention", check_attention, *lens, (8, 2), head_dim, 16, window=333))
+    # float8 caches have a kernel of their own on NVIDIA GPUs: by heads of a group, sizes, types and windows.
+    for lens, (heads, head_dim, block_size, dtype) in itertools.product(
+        (decodes, many, mixed),
+        (
+            ((16, 8), 128, 16, BF16), ((16, 8), 64, 32, BF16), ((8, 8), 128, 64, FP16), ((32, 4), 128, 16, BF16),
+            ((32, 4), 64, 16, FP16), ((12, 1), 128, 32, BF16), ((40, 2), 64, 16, BF16), ((16, 8), 128, 8, BF16),
+        ),
+    ):  # fmt: skip
+        cases.append(_case("paged_attention", check_attention, *lens, heads, head_dim, block_size, dtype, fp8))
+        cases.append(
+            _case("paged_attention", check_attention, *lens, heads, head_dim, block_size, dtype, fp8, window=100)
+        )
     for tokens, dtype in itertools.product((1, 16, 200, 3000), (BF16, FP16, FP32)):
         if dtype == BF16 or tokens <= 200:
             cases.append(_case("fused_experts", check_fused_experts, tokens, 512, 384, 8, 2, dtype))

@@ -32,4 +32,6 @@ def test_all_kernels_compile(tmp_path: Path, target: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     sources = "\n".join(path.read_text() for path in (ROOT / "atom/kernels/triton").glob("*.py"))
     kernels = set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+    if target.startswith("hip"):
+        kernels.remove("decode_float8_kernel")  # written with the layouts of NVIDIA's matrix instruction
     assert kernels <= set(done.stdout.split())
