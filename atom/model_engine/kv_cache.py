@@ -1,10 +1,11 @@
 """How much memory the KV cache gets, and its tensors."""
 
+import contextlib
 import math
+import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from atom.config import KVCacheConfig, KVCacheTensor
@@ -85,6 +86,11 @@ def allocate(layers: list[Attention], num_blocks: int, device: torch.device) -> 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # Zero pages straight from the system: they take memory, and time, only when written.
-    flat = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(flat).view(dtype).view(shape)
+    # Zero pages straight from the system: they take memory, and time, only when written. They begin at a page, so that
+    # no vector crosses cache lines, and are large where they may be.
+    size = max(1, math.prod(shape) * dtype.itemsize)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)

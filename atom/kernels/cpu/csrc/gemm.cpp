@@ -176,6 +176,18 @@ void linear(const LinearArgs& args, int threads) {
     for_rows(args.m, args.k, threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) convert_row(args, i, (char*)a.data + i * a.stride);
     });
+#if defined(ATOM_AMX)
+  // Tiles would wait for the rows if every few columns read all of them: of many rows, each thread takes its own.
+  if (args.type == DType::bf16 && has_tiles() && args.m >= threads * kMaxBlockRows) {
+    const int64_t most = (args.m + threads - 1) / threads;  // a thread's, cut into equal blocks of whole tiles
+    const int64_t size = (most / ((most + kMaxBlockRows - 1) / kMaxBlockRows) + 31) / 32 * 32;
+    shares(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
+           [&](int, int64_t begin, int64_t end) {
+             linear_block<StepAMX>(args, a, begin * size, std::min(args.m, end * size), 0, columns * unit);
+           });
+    return;
+  }
+#endif
   const auto columns_of = [&](int part) { return share(columns, part / best_rows, threads / best_rows); };
   shares(threads, kGroup / unit, columns_of, [&](int part, int64_t begin, int64_t end) {
     const Range m = share(args.m, part % best_rows, best_rows);
