@@ -183,6 +183,29 @@ void pack_values(const C* const* rows, const C* const* next, int64_t keys, int64
   }
 }
 
+#if defined(ATOM_AMX)
+// Scores [16 keys][16 rows] -> the first `rows` rows of 16 keys, kTile apart.
+ATOM_INLINE void turn_scores(const float* turned, int64_t rows, float* scores) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    __m512 key[4];  // each four keys apart, by four rows
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const float* at = turned + j * 16 + r;
+      key[j] = _mm512_castps128_ps512(_mm_load_ps(at));
+      key[j] = _mm512_insertf32x4(key[j], _mm_load_ps(at + 64), 1);
+      key[j] = _mm512_insertf32x4(key[j], _mm_load_ps(at + 128), 2);
+      key[j] = _mm512_insertf32x4(key[j], _mm_load_ps(at + 192), 3);
+    }
+    const __m512d a = (__m512d)_mm512_unpacklo_ps(key[0], key[1]), b = (__m512d)_mm512_unpackhi_ps(key[0], key[1]);
+    const __m512d c = (__m512d)_mm512_unpacklo_ps(key[2], key[3]), d = (__m512d)_mm512_unpackhi_ps(key[2], key[3]);
+    _mm512_storeu_ps(scores + r * kTile, (__m512)_mm512_unpacklo_pd(a, c));
+    if (r + 1 < rows) _mm512_storeu_ps(scores + (r + 1) * kTile, (__m512)_mm512_unpackhi_pd(a, c));
+    if (r + 2 < rows) _mm512_storeu_ps(scores + (r + 2) * kTile, (__m512)_mm512_unpacklo_pd(b, d));
+    if (r + 3 < rows) _mm512_storeu_ps(scores + (r + 3) * kTile, (__m512)_mm512_unpackhi_pd(b, d));
+  }
+}
+#endif
+
 #if defined(ATOM_BF16_DOT)
 // For a few rows (a decode) packing costs more than the products: the same sums straight from the cache's rows.
 
@@ -393,6 +416,8 @@ class Attention {
     return {std::min(end, first_seen(position(w.request, w.first))), end};
   }
   bool few(int64_t tokens) const { return tokens * group_ <= kFewRows; }
+  // Whether keys are multiplied as they lie, by queries that lie across: the same sums as those of packed keys.
+  bool across(int64_t tokens) const { return On::tiles && tokens * group_ <= 16 && args_.dim % 32 == 0; }
   int64_t query_bytes() const { return round_up(max_rows_ * steps_ * 4, 64); }
   int64_t state_floats() const { return State::floats(max_rows_, width_); }
 
@@ -425,12 +450,17 @@ class Attention {
     memset(state.values, 0, rows * width_ * sizeof(float));
   }
 
+  // Rows of pairs, or [steps][16 rows] of them across.
   void load_query(const Work& w, int64_t head, char* query) const {
     for (int64_t t = 0; t < w.tokens; ++t) {
       const int64_t token = args_.query_start[w.request] + w.first + t;
       for (int64_t g = 0; g < group_; ++g) {
         const Q* from = (const Q*)args_.query + token * args_.q_token_stride +
                         (head * group_ + g) * args_.q_head_stride;
+        if (across(w.tokens)) {
+          for (int64_t s = 0; s < steps_; ++s) memcpy(query + (s * 16 + t * group_ + g) * 4, from + s * 2, 4);
+          continue;
+        }
         auto* to = (typename On::Element*)(query + (t * group_ + g) * steps_ * 4);
         if constexpr (std::is_same_v<Q, typename On::Element>) {
           memcpy((void*)to, from, args_.dim * sizeof(Q));
@@ -562,16 +592,51 @@ class Attention {
     const C *next_keys[kTile], *next_values[kTile];
     if constexpr (On::tiles)
       head_rows(rows_next, rows_next.head + h, kTile / 16, buffers.zeros, next_keys, next_values);
-    for (int64_t p = 0; p < panels; ++p)
-      pack_keys<On>(keys + p * 16, next_keys + p * 16, args_.dim, steps_, buffers.keys + p * key_panel);
+    if (across(w.tokens)) {
+      for (int64_t p = 0; p < panels; ++p)
+        scores_across(rows_now, keys, next_keys, head, p, rows, query, buffers);
+    } else {
+      for (int64_t p = 0; p < panels; ++p)
+        pack_keys<On>(keys + p * 16, next_keys + p * 16, args_.dim, steps_, buffers.keys + p * key_panel);
+    }
     pack_values<On>(values, next_values, panels * 16, args_.dim, value_panel, buffers.values);
     fetch(rows_next, rows_next.head + h, On::tiles ? panels * 16 : 0);
-    multiply<typename On::Step>({steps_, query, steps_ * 4, buffers.keys, key_panel, buffers.scores, kTile,
-                                 false, nullptr}, rows, panels);
+    if (!across(w.tokens))
+      multiply<typename On::Step>({steps_, query, steps_ * 4, buffers.keys, key_panel, buffers.scores, kTile,
+                                   false, nullptr}, rows, panels);
     softmax(w, start, panels, buffers, state, key_scale, value_scale);
     multiply<typename On::Step>({panels * 16 / On::width, (const char*)buffers.probabilities,
                                  kTile * (int64_t)sizeof(typename On::Element), buffers.values, value_panel,
                                  state.values, width_, true, nullptr}, rows, width_ / 16);
+  }
+
+  // Scores of the 16 keys of panel p. Keys that are not there get any score: nobody sees them.
+  void scores_across(const TileRows<C>& now, const C* const* keys, const C* const* next, int64_t head, int64_t p,
+                     int64_t rows, const char* query, const Buffers& buffers) const {
+#if defined(ATOM_AMX)
+    if constexpr (On::tiles) {
+      alignas(64) float turned[256];
+      const int64_t first = std::max(now.begin, p * 16);
+      const char* at = buffers.keys;
+      int64_t stride = args_.dim * 2;
+      if (first >= std::min(now.end, p * 16 + 16)) {
+        memset(turned, 0, sizeof turned);
+      } else {
+        if (std::is_same_v<C, bf16> && args_.block_size % 16 == 0) {  // all of them in one block
+          stride = args_.k.slot_stride * 2;
+          at = (const char*)keys[first] - (first - p * 16) * stride;
+        } else {
+          for (int64_t j = 0; j < 16; ++j)
+            for (int64_t c = 0; c < args_.dim; c += 32)
+              _mm512_storeu_si512(buffers.keys + j * stride + c * 2, load32(keys[p * 16 + j] + c, 32));
+        }
+        multiply<StepAMX>({steps_, at, stride, query, 0, turned, 16, false, nullptr}, 16, 1);
+      }
+      for (int64_t j = 0; j < 16; ++j)
+        for (int64_t c = 0; c < args_.dim; c += 64 / (int64_t)sizeof(C)) __builtin_prefetch(next[p * 16 + j] + c, 0, 2);
+      turn_scores(turned, rows, buffers.scores + p * 16);
+    }
+#endif
   }
 
   void softmax(const Work& w, int64_t start, int64_t panels, const Buffers& buffers, const State& state,
