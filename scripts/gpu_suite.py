@@ -100,7 +100,8 @@ def environment(part: str, options: argparse.Namespace, folder: Path) -> dict[st
         settings["OMP_NUM_THREADS"] = "1"  # as many processes as cores
     if options.tiny:
         settings |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return os.environ | settings
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | settings
 
 
 def end_group(group: int) -> None:
