@@ -15,7 +15,7 @@ import triton.language as tl
 from torch.compiler import is_compiling
 
 from atom.kernels.torch import linear as reference
-from atom.kernels.triton.activation import silu_and_mul
+from atom.kernels.triton.activation import silu_and_mul, silu_times
 from atom.kernels.triton.launch import gemm_tile, overlap_options, vector_tile
 from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.numerics import dot, round_to
@@ -27,13 +27,6 @@ prepare_silu_linear_weight = reference.prepare_silu_linear_weight
 
 MOST_FEW_TOKENS = 16
 _BAND = 8  # tiles of tokens that go over the weights together
-
-
-@triton.jit
-def silu_times(gate, up, dtype: tl.constexpr):
-    """float32 sums of both, rounded where the reference rounds."""
-    gate = round_to(gate, dtype).to(tl.float32)
-    return round_to(gate / (1.0 + tl.exp(-gate)), dtype).to(tl.float32) * round_to(up, dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
