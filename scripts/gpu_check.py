@@ -283,6 +283,28 @@ def quant_work(tokens: int) -> Iterator[Work]:
         )
 
 
+def quant_linear_work(tokens: int) -> Iterator[Work]:
+    """Qwen3-8B's gate and up projections; the limit is that of bf16, which float8 may pass where it is compute."""
+    from checks_triton import native_float8
+
+    from atom.kernels.triton.quant import quantize
+    from atom.kernels.triton.quant_linear import quant_linear
+
+    rows, size = 2 * 12288, 4096
+    for group, label in ((None, "row"), (128, "1x128")):
+        weights = [
+            quantize(torch.randn(rows, size, device=DEVICE, dtype=BF16), native_float8(), group)
+            for _ in range(copies_for(rows * size))
+        ]
+        x = quantize(torch.randn(tokens, size, device=DEVICE, dtype=BF16), native_float8(), group)
+        yield Work(
+            f"quant_linear {label} T={tokens}",
+            [lambda w=w, s=s, x=x, g=group: quant_linear(*x, w, s, None, g, rows, BF16) for w, s in weights],
+            rows * size + tokens * (size + 2 * rows),
+            2 * tokens * rows * size,
+        )
+
+
 def sampling_work(rows: int) -> Iterator[Work]:
     from atom.kernels.triton.sampling import sample
 
@@ -341,6 +363,8 @@ def works() -> Iterator[Callable[[], Any]]:
     for tokens in (256, 8192):
         yield lambda t=tokens: elementwise_work(t)
         yield lambda t=tokens: quant_work(t)
+    for tokens in (1, 16, 64, 256, 8192):
+        yield lambda t=tokens: quant_linear_work(t)
     for rows in (1, 64, 256):
         yield lambda r=rows: sampling_work(r)
     for tokens in (1, 8, 9, 16, 64, 4096):

@@ -32,6 +32,8 @@ OPS: dict[str, str] = {
     "linear": "linear",
     "prepare_silu_linear_weight": "linear",
     "linear_silu_and_mul": "linear",
+    "prepare_quant_weight": "quant_linear",
+    "quant_linear": "quant_linear",
     "route_experts": "routing",
     "fused_experts": "moe",
     "greedy": "sampling",

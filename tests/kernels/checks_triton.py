@@ -193,6 +193,26 @@ def check_linear(
     return error(got, expected, TOLERANCE[dtype])
 
 
+def check_quant_linear(
+    device: str, tokens: int, size: int, out_features: int, dtype: torch.dtype, to: torch.dtype, group_size: int | None
+) -> float:
+    """With a bias where out_features is odd."""
+    (reference, kernels), (quant, _) = ops("quant_linear"), ops("quant")
+    x = quant.quantize(random(tokens, size, dtype=dtype, device=device), to, group_size)
+    weight, scales = quant.quantize(
+        random(out_features, size, dtype=FP32, device=device, scale=size**-0.5, seed=1), to, group_size
+    )
+    bias = random(out_features, dtype=dtype, device=device, seed=3) if out_features % 2 else None
+    got, expected = (
+        m.quant_linear(
+            *x, m.prepare_quant_weight(weight, scales, group_size, dtype), scales, bias, group_size, out_features, dtype
+        )
+        for m in (kernels, reference)
+    )
+    # Hopper's float8 products lose the lowest bits of 128 of them.
+    return error(got, expected, max(TOLERANCE[dtype], 1e-3))
+
+
 def check_rotary(
     device: str,
     tokens: int,
@@ -552,6 +572,11 @@ def small_cases() -> list[Case]:
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 3, 64, 100, BF16),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 7, 72, 20, FP32),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 20, 64, 100, BF16),
+        _case("quant_linear", check_quant_linear, 1, 64, 100, BF16, FN, None),
+        _case("quant_linear", check_quant_linear, 5, 200, 33, FP32, FN, 128),
+        _case("quant_linear", check_quant_linear, 17, 256, 70, BF16, FNUZ, 128),
+        _case("quant_linear", check_quant_linear, 70, 300, 65, FP16, FNUZ, None),
+        _case("quant_linear", check_quant_linear, 150, 128, 130, BF16, FN, 128),
         _case("rotary_embedding_", check_rotary, 1, (4, 2), 64, 64, False, BF16),
         _case("rotary_embedding_", check_rotary, 5, (9, 3), 80, 32, False, FP32),
         _case("rotary_embedding_", check_rotary, 3, (16, 1), 128, 128, True, BF16),
@@ -634,6 +659,10 @@ def full_cases(fp8: torch.dtype = FN) -> list[Case]:
     cases.append(_case("linear", check_linear, 40, 1024, 5000, BF16, False, True))
     for tokens, (size, rows) in itertools.product((17, 64, 65, 300, 2000), ((1024, 4096), (576, 1536), (4096, 520))):
         cases.append(_case("linear", check_gemm, tokens, size, rows, BF16))
+    for tokens, (size, rows), group in itertools.product(
+        (1, 16, 17, 64, 65, 300, 2000), ((1024, 4096), (576, 1537), (12288, 520)), (None, 128)
+    ):
+        cases.append(_case("quant_linear", check_quant_linear, tokens, size, rows, BF16, fp8, group))
     for tokens, dtype in itertools.product((1, 300), (BF16, FP32)):
         cases.append(_case("rms_norm", check_rms_norm, (tokens, 32, 128), dtype, True))
         for head_dim, rotary_dim, interleaved in (

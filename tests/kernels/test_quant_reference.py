@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from atom.kernels import get_op
 from atom.kernels.torch import activation, norm, quant
+from atom.kernels.torch.quant_linear import dequantize
 
 FN, FNUZ, INT8 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8
 TYPES = (FN, FNUZ, INT8)
@@ -93,6 +94,23 @@ def test_a_group_knows_nothing_of_the_others(to):
     assert (scales[:, 0] > 100 * scales[:, 1]).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [100, 160, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductor_computes_the_same(size, dtype):
+    def both(x):
+        values, scales = quant.quantize(x, FN, 128)
+        return values, scales, dequantize(values, scales, 128)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True)
+    for tokens in (9, 24, 2):
+        x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        torch._dynamo.mark_dynamic(x, 0)
+        for got, expected in zip(compiled(x), both(x), strict=True):
+            assert torch.equal(got.float(), expected.float())
+
+
 @pytest.mark.parametrize("group_size", [None, 128])
 @pytest.mark.parametrize("to", TYPES)
 def test_fused_ops_equal_their_steps(to, group_size):
@@ -107,7 +125,7 @@ def test_fused_ops_equal_their_steps(to, group_size):
     }
     for name, (args, plain) in steps.items():
         expected, scales = quant.quantize(plain, to, group_size)
-        got, got_scales, *rest = get_op(name)(*args, to, group_size)
+        got, got_scales, *rest = get_op(name, ("torch",))(*args, to, group_size)
         assert torch.equal(got.float(), expected.float())
         assert torch.equal(got_scales, scales)
         assert all(torch.equal(r, total) for r in rest)

@@ -7,7 +7,6 @@ whole row. The last group is shorter where group_size doesn't divide the columns
 """
 
 import torch
-import torch.nn.functional as F
 
 from atom.kernels.torch.activation import silu_and_mul
 from atom.kernels.torch.norm import add_rms_norm, rms_norm
@@ -18,11 +17,14 @@ def quantize(x: torch.Tensor, dtype: torch.dtype, group_size: int | None = None)
     if group_size is None:
         values, scales = scale_rows(x, dtype)
         return values, scales.unsqueeze(-1)
-    tokens, size = x.shape
-    groups = -(-size // group_size)
-    padded = F.pad(x, (0, groups * group_size - size))  # zeros change no group's largest
-    values, scales = scale_rows(padded.view(tokens, groups, group_size), dtype)
-    return values.flatten(1)[:, :size].contiguous(), scales
+    # The short group apart: padded and cut again, Inductor (torch 2.13) computes something else on CPUs.
+    whole = x.shape[1] // group_size * group_size
+    values, scales = scale_rows(x[:, :whole].unflatten(1, (-1, group_size)), dtype)
+    values = values.flatten(1)
+    if whole == x.shape[1]:
+        return values, scales
+    rest, rest_scales = scale_rows(x[:, whole:], dtype)
+    return torch.cat([values, rest], 1), torch.cat([scales, rest_scales.unsqueeze(-1)], 1)
 
 
 def rms_norm_quant(
@@ -40,7 +42,7 @@ def add_rms_norm_quant(
     dtype: torch.dtype,
     group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(values, scales, x + residual): `quantize` of `add_rms_norm`. Backends may reuse the residual's memory."""
+    """(values, scales, x + residual): `quantize` of `add_rms_norm`. Backends may reuse both inputs' memory."""
     normed, total = add_rms_norm(x, residual, weight, eps)
     return *quantize(normed, dtype, group_size), total
 

@@ -147,6 +147,18 @@ def gemm_tile(num_tokens: int, itemsize: int, num_outputs: int) -> GemmTile:
 
 
 @cache
+def quant_gemm_tile(num_tokens: int) -> GemmTile:
+    """For a dense product of operands in eight bits; k is the group of columns that share a scale."""
+    if CHIP == "interpret":
+        return GemmTile(16, 64, 128, 4, 1)
+    if num_tokens <= 16:
+        return GemmTile(16, 32, 128, 4, 6 if CHIP == "hopper" else 2)
+    if num_tokens <= 64:
+        return GemmTile(64, 64, 128, 4, 4 if CHIP == "hopper" else 2)
+    return GemmTile(128, 128, 128, 8, 3) if CHIP == "hopper" else GemmTile(128, 128, 128, 8, 2)
+
+
+@cache
 def grouped_gemm_tile(rows_per_group: int, itemsize: int, num_outputs: int) -> GemmTile:
     """rows_per_group: expected, rounded up to a power of two; num_outputs: accumulators held at once."""
     if CHIP == "interpret":
