@@ -17,7 +17,14 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from atom.quant_spec import LayerQuantConfig, ParsedQuantConfig, QuantType, parse_quant_config, quant_method_of
+from atom.quant_spec import (
+    LayerQuantConfig,
+    ParsedQuantConfig,
+    QuantType,
+    parse_quant_config,
+    quant_method_of,
+    unserved_reason,
+)
 from atom.utils import envs
 from atom.utils.errors import ConfigError
 from atom.utils.logging import LEVELS, configure_logging, get_logger, log_once
@@ -237,6 +244,10 @@ class QuantizationConfig:
 
     def get_name(self) -> str:
         return self.quant_method
+
+    def unserved_reason(self) -> str:
+        """What of it no layer serves, or ""."""
+        return unserved_reason(self.hf_quant_config, self._parsed) if self.hf_quant_config else ""
 
     def get_layer_quant_config(self, layer_name: str) -> LayerQuantConfig:
         """Exclusions first, then the first pattern that matches, then the global specification."""
@@ -777,10 +788,10 @@ def _speculative_part(
 # --- what has not landed -------------------------------------------------------------------------
 
 
-def _is_checkpoint_quantized(config: Config) -> str:
-    if not isinstance(config.quant_config, QuantizationConfig) or not config.quant_config.is_quantized:
-        return ""
-    return f"a quantized checkpoint (quant_method={config.quant_config.quant_method!r})"
+def _unserved_quantization(config: Config) -> str:
+    quant = config.quant_config
+    reason = quant.unserved_reason() if isinstance(quant, QuantizationConfig) else ""
+    return f"a quantized checkpoint with {reason} (quant_method={quant.get_name()!r})" if reason else ""
 
 
 def _speculation(config: Config) -> str:
@@ -796,7 +807,7 @@ _UNSUPPORTED: list[Callable[[Config], str]] = [
     lambda c: (
         f"data_parallel_size={c.parallel_config.data_parallel_size}" if c.parallel_config.data_parallel_size > 1 else ""
     ),
-    _is_checkpoint_quantized,
+    _unserved_quantization,
     _speculation,
 ]
 

@@ -37,6 +37,11 @@ def quant_dtype(key: str) -> "torch.dtype":
     return getattr(torch, _DTYPE_NAMES[key])
 
 
+def dtype_key(dtype: "torch.dtype") -> str:
+    """The inverse of `quant_dtype`; "" for others."""
+    return {name: key for key, name in _DTYPE_NAMES.items()}.get(str(dtype).removeprefix("torch."), "")
+
+
 def _bfloat16() -> "torch.dtype":
     import torch
 
@@ -72,6 +77,31 @@ def parse_quant_config(config: dict[str, Any]) -> ParsedQuantConfig:
     method = quant_method_of(config)
     parser = {"quark": parse_quark, "compressed-tensors": parse_compressed_tensors}.get(method, parse_generic)
     return parser(config)
+
+
+# Whose names of tensors the loader knows.
+SERVED_METHODS = ("compressed-tensors", "fp8", "quark")
+# What dense layers can be, as atom/layers/quant/registry.py says, which stands above this module.
+SERVED = ((QuantType.per_Tensor, "fp8"), (QuantType.per_Token, "fp8"), (QuantType.per_1x128, "fp8"))
+
+
+def unserved_reason(config: dict[str, Any], parsed: ParsedQuantConfig) -> str:
+    """What of a checkpoint's quantization no layer serves, or ""."""
+    if quant_method_of(config) not in SERVED_METHODS:
+        return f"a method other than {', '.join(SERVED_METHODS)}"
+    for spec in (parsed.global_spec, *(spec for _, spec in parsed.layer_pattern_specs)):
+        if spec.quant_type is QuantType.No:
+            continue
+        if (spec.quant_type, dtype_key(spec.quant_dtype)) not in SERVED:
+            return f"{str(spec.quant_dtype).removeprefix('torch.')} weights, {spec.quant_type.name}"
+        if not spec.is_dynamic:
+            return "static scales of activations"
+    groups = [g for g in (config.get("config_groups") or {}).values() if isinstance(g, dict)]
+    if any(not g.get("input_activations") for g in groups):
+        return "activations that are not quantized"
+    if config.get("kv_cache_scheme"):
+        return "a calibrated KV cache"
+    return ""
 
 
 def quant_method_of(config: dict[str, Any]) -> str:

@@ -244,6 +244,67 @@ def elementwise_work(tokens: int) -> Iterator[Work]:
         )
 
 
+def quant_work(tokens: int) -> Iterator[Work]:
+    """Qwen3-8B's rows in the GPU's float8, a scale a row or for each 128 columns."""
+    from checks_triton import native_float8
+
+    from atom.kernels.triton.quant import add_rms_norm_quant, quantize, rms_norm_quant, silu_and_mul_quant
+
+    float8 = native_float8()
+    size, wide_size = 4096, 12288
+    weight = torch.randn(size, device=DEVICE, dtype=BF16)
+    copies = copies_for(2 * tokens * size * 2)
+    pairs = [[torch.randn(tokens, size, device=DEVICE, dtype=BF16) for _ in range(2)] for _ in range(copies)]
+    wide = [
+        torch.randn(tokens, 2 * wide_size, device=DEVICE, dtype=BF16)
+        for _ in range(copies_for(2 * tokens * wide_size * 2))
+    ]
+    row = tokens * size
+    for group, label in ((None, "row"), (128, "1x128")):
+        scales = tokens * 4 * (1 if group is None else size // group)
+        tail = f"{label} T={tokens}"
+        yield Work(
+            f"quantize {tail}", [lambda x=x, g=group: quantize(x, float8, g) for x, _ in pairs], 3 * row + scales
+        )
+        yield Work(
+            f"rms_norm_quant {tail}",
+            [lambda x=x, g=group: rms_norm_quant(x, weight, 1e-6, float8, g) for x, _ in pairs],
+            3 * row + scales,
+        )
+        yield Work(
+            f"add_rms_norm_quant {tail}",
+            [lambda x=x, r=r, g=group: add_rms_norm_quant(x, r, weight, 1e-6, float8, g) for x, r in pairs],
+            7 * row + scales,
+        )
+        yield Work(
+            f"silu_and_mul_quant {tail}",
+            [lambda x=x, g=group: silu_and_mul_quant(x, float8, g) for x in wide],
+            5 * tokens * wide_size + 3 * scales,
+        )
+
+
+def quant_linear_work(tokens: int) -> Iterator[Work]:
+    """Qwen3-8B's gate and up projections; the limit is that of bf16, which float8 may pass where it is compute."""
+    from checks_triton import native_float8
+
+    from atom.kernels.triton.quant import quantize
+    from atom.kernels.triton.quant_linear import quant_linear
+
+    rows, size = 2 * 12288, 4096
+    for group, label in ((None, "row"), (128, "1x128")):
+        weights = [
+            quantize(torch.randn(rows, size, device=DEVICE, dtype=BF16), native_float8(), group)
+            for _ in range(copies_for(rows * size))
+        ]
+        x = quantize(torch.randn(tokens, size, device=DEVICE, dtype=BF16), native_float8(), group)
+        yield Work(
+            f"quant_linear {label} T={tokens}",
+            [lambda w=w, s=s, x=x, g=group: quant_linear(*x, w, s, None, g, rows, BF16) for w, s in weights],
+            rows * size + tokens * (size + 2 * rows),
+            2 * tokens * rows * size,
+        )
+
+
 def sampling_work(rows: int) -> Iterator[Work]:
     from atom.kernels.triton.sampling import sample
 
@@ -301,6 +362,9 @@ def works() -> Iterator[Callable[[], Any]]:
     yield lambda: [attention_work("chunk 512 of 8192", [512], [8192])]
     for tokens in (256, 8192):
         yield lambda t=tokens: elementwise_work(t)
+        yield lambda t=tokens: quant_work(t)
+    for tokens in (1, 16, 64, 256, 8192):
+        yield lambda t=tokens: quant_linear_work(t)
     for rows in (1, 64, 256):
         yield lambda r=rows: sampling_work(r)
     for tokens in (1, 8, 9, 16, 64, 4096):

@@ -45,6 +45,10 @@ def build_forward(model: nn.Module, config: Config, platform: Platform, device: 
         "attention": config.attention_backend,
         "fuses_qkv": envs.ATOM_ENABLE_QK_NORM_ROPE_CACHE_QUANT_FUSION,
         "quantization": config.quant_config.compute_hash(),
+        "fuses_quant": (
+            envs.ATOM_LLAMA_ENABLE_AITER_TRITON_FUSED_RMSNORM_QUANT,
+            envs.ATOM_LLAMA_ENABLE_AITER_TRITON_FUSED_SILU_MUL_QUANT,
+        ),
         "splitting_ops": splitting_ops,
         "sizes": sizes,
         "inductor": compilation.inductor_compile_config,

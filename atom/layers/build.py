@@ -20,6 +20,8 @@ class BuildContext:
     fusable_backends: where layers take norms, activations and rotations from; None = the platform's order.
         Plain torch when a compiler will fuse them with their neighbours.
     fuses_qkv: norm and rotation of query and key and the cache write are one op.
+    fuses_norm_quant, fuses_activation_quant: a norm, or the gated activation, quantizes what a quantized layer reads.
+    fp8_dtype: the platform's float8, of what is multiplied with float8 weights.
     """
 
     dtype: torch.dtype
@@ -28,6 +30,9 @@ class BuildContext:
     max_model_len: int
     attention_backend: str = "auto"
     fuses_qkv: bool = False
+    fuses_norm_quant: bool = False
+    fuses_activation_quant: bool = False
     quant_config: "QuantizationConfig | None" = None
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn
     fusable_backends: tuple[str, ...] | None = None
     tp: TPGroup = field(default_factory=get_tp_group)

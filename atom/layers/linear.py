@@ -15,7 +15,9 @@ from atom.distributed.communication import all_reduce
 from atom.distributed.parallel_state import TPGroup
 from atom.layers.build import BuildContext
 from atom.layers.module import Layer
-from atom.layers.quant.base import get_linear_method
+from atom.layers.quant.base import QuantizedRows
+from atom.layers.quant.registry import get_linear_method
+from atom.layers.quant.scaled import scales_by_row
 from atom.utils.errors import ModelLoadError
 
 Loader = Callable[[torch.Tensor, torch.Tensor, int | None, int | None], None]
@@ -56,19 +58,28 @@ def divide(total: int, tp: TPGroup, what: str) -> int:
 class LinearBase(Layer):
     """A weight, an optional bias, and the method that stores and applies them.
 
-    in_features, out_features: of this rank.
+    in_features, out_features: of this rank. whole_parts: rows of the checkpoint's weights, by shard id.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, context: BuildContext, prefix: str) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        context: BuildContext,
+        prefix: str,
+        whole_parts: Sequence[int],
+    ) -> None:
         super().__init__()
+        self.whole_parts = list(whole_parts)
         self.in_features = in_features
         self.out_features = out_features
         self.tp = context.tp
         self.prefix = prefix
         spec = context.quant_config.get_layer_quant_config(prefix) if context.quant_config is not None else None
-        self.method = get_linear_method(spec)
+        self.method = get_linear_method(spec, context)
         self.method.create_weights(self, out_features, in_features, context.dtype)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=context.dtype), requires_grad=False) if bias else None
         self._apply_method = self.method.apply
@@ -77,11 +88,20 @@ class LinearBase(Layer):
         self.method.process_weights_after_loading(self)
         super().process_weights_after_loading()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
         return self._apply_method(self, x, self.bias)
 
     def _set_loaders(self, loader: Loader, num_shards: int = 1) -> None:
         set_loader(self.weight, loader, num_shards)
+        if "weight_scale" in self._parameters:
+
+            def load_scale(
+                param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None
+            ) -> None:
+                rows = sum(self.whole_parts) if shard_id is None else self.whole_parts[shard_id]
+                loader(param, scales_by_row(loaded, rows), shard_id, expert_id)
+
+            set_loader(self.get_parameter("weight_scale"), load_scale, num_shards)
         if self.bias is not None:
             set_loader(self.bias, loader, num_shards)
 
@@ -92,7 +112,7 @@ class ReplicatedLinear(LinearBase):
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = False, context: BuildContext, prefix: str = ""
     ) -> None:
-        super().__init__(in_features, out_features, bias, context, prefix)
+        super().__init__(in_features, out_features, bias, context, prefix, [out_features])
         self._set_loaders(self._load)
 
     def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
@@ -112,12 +132,12 @@ class MergedColumnParallelLinear(LinearBase):
         prefix: str = "",
     ) -> None:
         self.parts = [divide(n, context.tp, f"{prefix}.out_features") for n in out_features]
-        super().__init__(in_features, sum(self.parts), bias, context, prefix)
+        super().__init__(in_features, sum(self.parts), bias, context, prefix, out_features)
         self._set_loaders(self._load, len(self.parts))
 
     def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
         if shard_id is None:  # all parts in one tensor
-            load_parts(self._load, param, loaded, [part * self.tp.size for part in self.parts])
+            load_parts(self._load, param, loaded, self.whole_parts)
             return
         part = param.data.split(self.parts)[shard_id]
         load_shard(part, loaded, dim=0, rank=self.tp.rank, size=self.tp.size)
@@ -160,13 +180,14 @@ class QKVParallelLinear(LinearBase):
             self.num_kv_heads, self.kv_replicas = divide(num_kv_heads, context.tp, "num_key_value_heads"), 1
         self.q_size = self.num_heads * head_dim
         self.kv_size = self.num_kv_heads * head_dim
-        super().__init__(hidden_size, self.q_size + 2 * self.kv_size, bias, context, prefix)
+        whole_parts = [num_heads * head_dim, *[num_kv_heads * head_dim] * 2]
+        super().__init__(hidden_size, self.q_size + 2 * self.kv_size, bias, context, prefix, whole_parts)
         self._set_loaders(self._load, 3)
 
     def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
         kv_ranks = self.tp.size // self.kv_replicas
         if shard_id is None:
-            load_parts(self._load, param, loaded, [self.q_size * self.tp.size, *[self.kv_size * kv_ranks] * 2])
+            load_parts(self._load, param, loaded, self.whole_parts)
             return
         part = param.data.split([self.q_size, self.kv_size, self.kv_size])[shard_id]
         if shard_id == 0:
@@ -181,16 +202,23 @@ class RowParallelLinear(LinearBase):
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = False, context: BuildContext, prefix: str = ""
     ) -> None:
-        super().__init__(divide(in_features, context.tp, f"{prefix}.in_features"), out_features, bias, context, prefix)
+        part = divide(in_features, context.tp, f"{prefix}.in_features")
+        super().__init__(part, out_features, bias, context, prefix, [out_features])
+        rows = self.method.row_format
+        if rows is not None and rows.group_size and context.tp.size > 1 and part % rows.group_size:
+            raise ModelLoadError(
+                f"tensor_parallel_size={context.tp.size} cuts {prefix}.in_features={in_features} inside of a group of "
+                f"{rows.group_size} columns that share a scale; use a smaller one"
+            )
         self._set_loaders(self._load)
         self._adds_bias = context.tp.rank == 0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
         out = self._apply_method(self, x, self.bias if self._adds_bias else None)
         return out if self.tp.size == 1 else all_reduce(out, self.tp)
 
     def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:
-        if param is self.bias:
+        if param is self.bias or loaded.shape[1:] == (1,):  # the scales of whole rows
             load_shard(param.data, loaded, dim=0, rank=0, size=1)
         else:
             load_shard(param.data, loaded, dim=1, rank=self.tp.rank, size=self.tp.size)

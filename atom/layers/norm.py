@@ -8,19 +8,37 @@ from torch import nn
 from atom.kernels import get_op
 from atom.layers.build import BuildContext
 from atom.layers.module import Layer
+from atom.layers.quant.base import QuantizedRows
 
 
 class RMSNorm(Layer):
-    """forward(x) -> y; forward(x, residual) -> (y, x + residual), where y normalizes the sum."""
+    """forward(x) -> y; forward(x, residual) -> (y, x + residual), where y normalizes the sum.
 
-    def __init__(self, size: int, eps: float, *, context: BuildContext) -> None:
+    feeds: the only layer that reads y, a linear one. Where it multiplies quantized rows and the context fuses norms
+    with quantizing, y is QuantizedRows.
+    """
+
+    def __init__(self, size: int, eps: float, *, context: BuildContext, feeds: Any = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=context.dtype), requires_grad=False)
         self.eps = eps
         self._norm = get_op("rms_norm", context.fusable_backends)
         self._add_norm = get_op("add_rms_norm", context.fusable_backends)
+        self._row_format = feeds.method.row_format if feeds is not None and context.fuses_norm_quant else None
+        self._norm_quant = get_op("rms_norm_quant", context.fusable_backends)
+        self._add_norm_quant = get_op("add_rms_norm_quant", context.fusable_backends)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        if self._row_format is not None:
+            return self._forward_quant(x, residual, *self._row_format)
         if residual is None:
             return self._norm(x, self.weight, self.eps)
         return self._add_norm(x, residual, self.weight, self.eps)
+
+    def _forward_quant(
+        self, x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype, group_size: int | None
+    ) -> Any:
+        if residual is None:
+            return QuantizedRows(*self._norm_quant(x, self.weight, self.eps, dtype, group_size))
+        values, scales, total = self._add_norm_quant(x, residual, self.weight, self.eps, dtype, group_size)
+        return QuantizedRows(values, scales), total

@@ -39,7 +39,12 @@ def load_model(
     from atom.models.registry import get_model_class
 
     with startup.phase("build model"):
-        model = build_model(get_model_class(config.hf_config), config.hf_config, device, context)
+        model_class = get_model_class(config.hf_config)
+        if context.quant_config is not None:  # whose names are the checkpoint's, not those of merged layers
+            packed = getattr(model_class, "packed_modules_mapping", {})
+            merged = {name: list(parts) for name, parts in packed.items()}
+            context.quant_config.remap_layer_name(config.hf_config, merged)
+        model = build_model(model_class, config.hf_config, device, context)
     if config.load_dummy:
         fill_with_dummies(model)
     else:

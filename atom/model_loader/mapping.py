@@ -53,6 +53,8 @@ class WeightMapper:
             name = self.rename(name)
             if name is None:
                 return []
+        if name.endswith(".weight_scale_inv"):  # DeepSeek's name of the same
+            name = name.removesuffix("_inv")
         if self.ignored.search(name):
             return []
         if self.tied and name == "lm_head.weight":

@@ -17,6 +17,7 @@ from atom.layers.linear import QKVParallelLinear, RowParallelLinear
 from atom.layers.mlp import GatedMLP
 from atom.layers.module import Layer
 from atom.layers.norm import RMSNorm
+from atom.layers.quant.base import QuantizedRows
 from atom.layers.rotary import RotaryEmbedding, get_rope
 
 
@@ -77,8 +78,8 @@ class LlamaAttention(Layer):
         self._heads = [num_heads, num_kv_heads, num_kv_heads]
         self._head_dim = head_dim
 
-    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(x).view(x.shape[0], -1, self._head_dim)
+    def forward(self, positions: torch.Tensor, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        qkv = self.qkv_proj(x).view(positions.shape[0], -1, self._head_dim)
         if self._fuses_qkv:
             return self.o_proj(self.attn.forward_packed(positions, qkv))
         q, k, v = qkv.split_with_sizes(self._heads, 1)
@@ -104,8 +105,10 @@ class LlamaDecoderLayer(Layer):
         super().__init__()
         self.self_attn = self.make_attention(config, index, rope, context, f"{prefix}.self_attn")
         self.mlp = self.make_mlp(config, index, context, f"{prefix}.mlp")
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context=context)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context=context)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        gate_up_proj = getattr(self.mlp, "gate_up_proj", None)  # experts have none
+        self.input_layernorm = RMSNorm(size, eps, context=context, feeds=self.self_attn.qkv_proj)
+        self.post_attention_layernorm = RMSNorm(size, eps, context=context, feeds=gate_up_proj)
 
     def make_attention(
         self, config: Any, index: int, rope: RotaryEmbedding, context: BuildContext, prefix: str

@@ -287,6 +287,27 @@ def cuts_long_prompts(family: Family, cache_dir: Path, mode: str) -> None:
     assert len(wrong) <= 2, f"prompts of {wrong} tokens don't begin with the torch backend's 3"
 
 
+def float8_weights(family: Family, cache_dir: Path, mode: str, stored: str) -> None:
+    """A float8 checkpoint of the family: most prompts' first four tokens are those of transformers on what it means."""
+    if family.name in ("mixtral", "qwen3_moe"):
+        return  # quantized experts are refused
+    from float8_models import make_quantized
+
+    (folder := cache_dir / "float8").mkdir(parents=True)
+    model = make_quantized(family.name, stored, folder)
+    prompts = family.prompts[:8]
+    with engine(str(folder), MODES[mode], cache_dir, torch_dtype="float32") as client:
+        for i, prompt in enumerate(prompts):
+            client.add_request(request(i, prompt, max_tokens=4))
+        outputs = drain(client, len(prompts))
+    same = 0
+    for prompt, tokens in zip(prompts, outputs, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        same += logits.argmax(-1).tolist() == tokens
+    assert same > len(prompts) / 2, f"only {same} of {len(prompts)} prompts begin with the reference's 4 tokens"
+
+
 Case = Callable[[Family, Path], None]
 
 
@@ -306,6 +327,9 @@ def _cases() -> dict[str, Case]:
         found[f"fused float32 {name}"] = partial(fused, equals_transformers, mode=name)
     found["fused bf16 full-decode"] = partial(fused, near_transformers, mode="full-decode")
     found["fused fp8-cache full-decode"] = partial(fused, near_transformers, mode="full-decode", cache="fp8")
+    for stored in ("channel", "block"):
+        for name in ("eager", "full-decode", "piecewise"):
+            found[f"float8 weights {stored} {name}"] = partial(float8_weights, mode=name, stored=stored)
     found["waits, greedy"] = partial(waits_for_nothing_but_tokens, sampled=False)
     found["waits, sampled"] = partial(waits_for_nothing_but_tokens, sampled=True)
     found["token masks"] = masks_tokens

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-FN, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
+FN, FNUZ, INT8 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8
 # Elementwise kernels round where the reference rounds; the order of sums and the exp2 differ.
 TOLERANCE = {FP32: 2e-5, FP16: 2e-3, BF16: 1.6e-2}
 
@@ -75,6 +75,76 @@ def check_silu_and_mul(device: str, shape: Sequence[int], dtype: torch.dtype) ->
     return error(kernels.silu_and_mul(x), reference.silu_and_mul(x))
 
 
+def rows_quantized(
+    got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], group_size: int | None, tolerance: float
+) -> float:
+    """Error of values * scales. Where the rows differ in their last bits, a value may round to its neighbour."""
+    wide = []
+    for values, scales in (got, expected):
+        repeated = scales.repeat_interleave(values.shape[1] if group_size is None else group_size, 1)
+        wide.append(values.float() * repeated[:, : values.shape[1]])
+    assert got[0].dtype == expected[0].dtype
+    error(got[1], expected[1], tolerance)
+    step = 0.01 if got[0].dtype == INT8 else 0.08
+    assert (got[0].float() != expected[0].float()).float().mean() < 0.25 if got[0].numel() else True
+    return error(*wide, step)
+
+
+def check_quantize(
+    device: str, shape: Sequence[int], dtype: torch.dtype, to: torch.dtype, group_size: int | None
+) -> float:
+    """Exactly. Rows are a view's; one is of zeros, one is tiny, one has ties."""
+    reference, kernels = ops("quant")
+    tokens, size = shape
+    x = random(tokens, size + 32, dtype=dtype, device=device, scale=30)[:, :size]
+    if tokens > 3:
+        x[1] = 0
+        x[2] *= 1e-13 if dtype != FP16 else 1e-5
+        x[3] = torch.arange(size, device=device) % 255 / 2 - 63.5
+    (values, scales), (expected, expected_scales) = (m.quantize(x, to, group_size) for m in (kernels, reference))
+    assert values.dtype == expected.dtype
+    assert torch.equal(scales, expected_scales)
+    return error(values.float(), expected.float(), 0)
+
+
+def check_rms_norm_quant(
+    device: str, shape: Sequence[int], dtype: torch.dtype, to: torch.dtype, group_size: int | None
+) -> float:
+    reference, kernels = ops("quant")
+    x = random(*shape, dtype=dtype, device=device)
+    weight = random(shape[-1], dtype=dtype, device=device, seed=1)
+    got, expected = (m.rms_norm_quant(x, weight, 1e-5, to, group_size) for m in (kernels, reference))
+    return rows_quantized(got, expected, group_size, TOLERANCE[dtype])
+
+
+def check_add_rms_norm_quant(
+    device: str, shape: Sequence[int], dtype: torch.dtype, to: torch.dtype, group_size: int | None
+) -> float:
+    reference, kernels = ops("quant")
+    x, residual = (random(*shape, dtype=dtype, device=device, seed=s) for s in (0, 1))
+    weight = random(shape[-1], dtype=dtype, device=device, seed=2)
+    *expected, total = reference.add_rms_norm_quant(x, residual, weight, 1e-5, to, group_size)
+    *got, got_total = kernels.add_rms_norm_quant(x.clone(), residual.clone(), weight, 1e-5, to, group_size)
+    return max(rows_quantized(got, expected, group_size, TOLERANCE[dtype]), error(got_total, total))
+
+
+def check_silu_and_mul_quant(
+    device: str, shape: Sequence[int], dtype: torch.dtype, to: torch.dtype, group_size: int | None
+) -> float:
+    reference, kernels = ops("quant")
+    x = random(*shape[:-1], 2 * shape[-1], dtype=dtype, device=device, scale=4)
+    got, expected = (m.silu_and_mul_quant(x, to, group_size) for m in (kernels, reference))
+    return rows_quantized(got, expected, group_size, TOLERANCE[dtype])
+
+
+QUANT_CHECKS = {
+    "quantize": check_quantize,
+    "rms_norm_quant": check_rms_norm_quant,
+    "add_rms_norm_quant": check_add_rms_norm_quant,
+    "silu_and_mul_quant": check_silu_and_mul_quant,
+}
+
+
 def check_linear_silu_and_mul(device: str, tokens: int, size: int, intermediate: int, dtype: torch.dtype) -> float:
     reference, kernels = ops("linear")
     x = random(tokens, size, dtype=dtype, device=device)
@@ -121,6 +191,26 @@ def check_linear(
         m.linear(x, m.prepare_linear_weight(weight), added, out_features, out_float32) for m in (kernels, reference)
     )
     return error(got, expected, TOLERANCE[dtype])
+
+
+def check_quant_linear(
+    device: str, tokens: int, size: int, out_features: int, dtype: torch.dtype, to: torch.dtype, group_size: int | None
+) -> float:
+    """With a bias where out_features is odd."""
+    (reference, kernels), (quant, _) = ops("quant_linear"), ops("quant")
+    x = quant.quantize(random(tokens, size, dtype=dtype, device=device), to, group_size)
+    weight, scales = quant.quantize(
+        random(out_features, size, dtype=FP32, device=device, scale=size**-0.5, seed=1), to, group_size
+    )
+    bias = random(out_features, dtype=dtype, device=device, seed=3) if out_features % 2 else None
+    got, expected = (
+        m.quant_linear(
+            *x, m.prepare_quant_weight(weight, scales, group_size, dtype), scales, bias, group_size, out_features, dtype
+        )
+        for m in (kernels, reference)
+    )
+    # Hopper's float8 products lose the lowest bits of 128 of them.
+    return error(got, expected, max(TOLERANCE[dtype], 1e-3))
 
 
 def check_rotary(
@@ -444,7 +534,22 @@ def _case(name: str, check: Callable[..., float], *args: Any, **kwargs: Any) -> 
 def small_cases() -> list[Case]:
     """For the interpreter: each odd shape once."""
     attention = "paged_attention"
+    quantized = [
+        _case(name, check, *args)
+        for name, check in QUANT_CHECKS.items()
+        for args in (
+            ((1, 64), BF16, FN, None),
+            ((5, 576), FP16, FNUZ, None),
+            ((3, 1000), FP32, INT8, None),
+            ((1, 100), BF16, FN, 128),
+            ((5, 1100), FP32, FN, 128),
+            ((3, 384), BF16, FNUZ, 128),
+            ((4, 2112), FP16, INT8, 128),
+            ((4099, 24), BF16, FN, 16),
+        )
+    ]
     return [
+        *quantized,
         _case("rms_norm", check_rms_norm, (1, 64), BF16, False),
         _case("rms_norm", check_rms_norm, (3, 100), FP32, True),
         _case("rms_norm", check_rms_norm, (2, 4097), FP16, False),
@@ -467,6 +572,11 @@ def small_cases() -> list[Case]:
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 3, 64, 100, BF16),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 7, 72, 20, FP32),
         _case("linear_silu_and_mul", check_linear_silu_and_mul, 20, 64, 100, BF16),
+        _case("quant_linear", check_quant_linear, 1, 64, 100, BF16, FN, None),
+        _case("quant_linear", check_quant_linear, 5, 200, 33, FP32, FN, 128),
+        _case("quant_linear", check_quant_linear, 17, 256, 70, BF16, FNUZ, 128),
+        _case("quant_linear", check_quant_linear, 70, 300, 65, FP16, FNUZ, None),
+        _case("quant_linear", check_quant_linear, 150, 128, 130, BF16, FN, 128),
         _case("rotary_embedding_", check_rotary, 1, (4, 2), 64, 64, False, BF16),
         _case("rotary_embedding_", check_rotary, 5, (9, 3), 80, 32, False, FP32),
         _case("rotary_embedding_", check_rotary, 3, (16, 1), 128, 128, True, BF16),
@@ -537,6 +647,11 @@ def full_cases(fp8: torch.dtype = FN) -> list[Case]:
         cases.append(_case("rms_norm", check_rms_norm, (tokens, size), dtype, size == 576))
         cases.append(_case("add_rms_norm", check_add_rms_norm, (tokens, size), dtype))
         cases.append(_case("silu_and_mul", check_silu_and_mul, (tokens, size), dtype))
+    quantized_shapes = itertools.product((1, 17, 5000), (64, 576, 1000, 4096, 12288), (BF16, FP16, FP32))
+    for (tokens, size, dtype), to, group in itertools.product(quantized_shapes, (fp8, INT8), (None, 128)):
+        if tokens * size < 3e7 and (dtype == BF16 or tokens == 17):
+            for name, check in QUANT_CHECKS.items():
+                cases.append(_case(name, check, (tokens, size), dtype, to, group))
     for tokens, (size, rows), dtype in itertools.product(
         (1, 2, 16), ((1024, 4096), (3072, 1024), (4096, 6144), (576, 1536), (12288, 520)), (BF16, FP16, FP32)
     ):
@@ -545,6 +660,10 @@ def full_cases(fp8: torch.dtype = FN) -> list[Case]:
     cases.append(_case("linear", check_linear, 40, 1024, 5000, BF16, False, True))
     for tokens, (size, rows) in itertools.product((17, 64, 65, 300, 2000), ((1024, 4096), (576, 1536), (4096, 520))):
         cases.append(_case("linear", check_gemm, tokens, size, rows, BF16))
+    for tokens, (size, rows), group in itertools.product(
+        (1, 16, 17, 64, 65, 300, 2000), ((1024, 4096), (576, 1537), (12288, 520)), (None, 128)
+    ):
+        cases.append(_case("quant_linear", check_quant_linear, tokens, size, rows, BF16, fp8, group))
     for tokens, dtype in itertools.product((1, 300), (BF16, FP32)):
         cases.append(_case("rms_norm", check_rms_norm, (tokens, 32, 128), dtype, True))
         for head_dim, rotary_dim, interleaved in (

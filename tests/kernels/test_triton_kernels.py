@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from checks_triton import FN, FNUZ, Case, case_id, full_cases, native_float8, small_cases
+from checks_triton import FN, FNUZ, QUANT_CHECKS, Case, case_id, full_cases, native_float8, small_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,7 +23,7 @@ def test_kernel_equals_reference(case: Case) -> None:
     check(DEVICE, *args, **kwargs)
 
 
-SLOW_IN_INTERPRETER = {"rms_norm", "add_rms_norm", "silu_and_mul", "fused_experts", "sample"}
+SLOW_IN_INTERPRETER = {"rms_norm", "add_rms_norm", "silu_and_mul", "fused_experts", "sample", *QUANT_CHECKS}
 # The interpreter takes seconds a case: every third one there; tests/gpu has all.
 GRID = [c for c in full_cases(native_float8()) if c[0] not in SLOW_IN_INTERPRETER][:: 3 if DEVICE == "cpu" else 1]
 

@@ -259,9 +259,53 @@ def test_what_would_be_wrong_if_ignored_is_refused(model, settings, named):
         config_from_kwargs(model, **settings)
 
 
-def test_a_quantized_checkpoint_is_refused(tmp_path):
-    model = write_model(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    with pytest.raises(ConfigError, match=r"quant_method='fp8'.* not supported yet"):
+_GROUP = {
+    "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+    "input_activations": {"num_bits": 8, "type": "float", "dynamic": True},
+}
+
+
+def _compressed(**more):
+    return {"quant_method": "compressed-tensors", "config_groups": {"g": _GROUP}, **more}
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "fp8", "activation_scheme": "dynamic"},
+        _compressed(),
+        {"quant_method": "quark", "global_quant_config": {"weight": {"qscheme": "per_channel", "dtype": "fp8_e4m3"}}},
+    ],
+)
+def test_float8_checkpoints_are_served(tmp_path, quantization):
+    assert Config(write_model(tmp_path, quantization_config=quantization)).quant_config.unserved_reason() == ""
+
+
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "a method other than"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "static scales of activations"),
+        (_compressed(kv_cache_scheme={"num_bits": 8}), "a calibrated KV cache"),
+        (
+            _compressed(config_groups={"g": {**_GROUP, "input_activations": None}}),
+            "activations that are not quantized",
+        ),
+        (
+            _compressed(config_groups={"g": {**_GROUP, "weights": {"num_bits": 8, "type": "int"}}}),
+            "int8 weights, per_Token",
+        ),
+        (
+            {"quant_method": "quark", "global_quant_config": {"weight": {"qscheme": "per_group", "dtype": "fp4"}}},
+            "float4_e2m1fn_x2 weights, per_1x32",
+        ),
+    ],
+)
+def test_other_quantized_checkpoints_are_refused(tmp_path, quantization, reason):
+    model = write_model(tmp_path, quantization_config=quantization)
+    expected = rf"a quantized checkpoint with {reason}.*\(quant_method='{quantization['quant_method']}'\) is not supp"
+    with pytest.raises(ConfigError, match=expected):
         Config(model)
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from atom.kernels.torch.quant import scale_rows
+
 
 def store_kv(
     key: torch.Tensor,
@@ -22,16 +24,8 @@ def store_kv(
         key, value, slot_mapping = key[kept], value[kept], slot_mapping[kept]
     for source, cache, scale in ((key, k_cache, k_scale), (value, v_cache, v_scale)):
         if scale is not None:
-            source, per_head = quantize_per_head(source, cache.dtype)
+            source, per_head = scale_rows(source, cache.dtype)
             scale.view(-1, scale.shape[-1])[slot_mapping] = per_head
             # index_put has no float8 kernel; the bytes are what is stored anyway.
             source, cache = source.view(torch.uint8), cache.view(torch.uint8)
         cache.view(-1, *cache.shape[2:])[slot_mapping] = source.to(cache.dtype)
-
-
-def quantize_per_head(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, H, D] -> (float8 [T, H, D], float32 scale [T, H]); x is about float8 * scale."""
-    top = torch.finfo(dtype).max
-    # By a tensor: dividing by a number, CUDA multiplies by its inverse, which rounds otherwise.
-    scale = x.float().abs().amax(-1).clamp(min=1e-10) / torch.full((), top, device=x.device)
-    return (x.float() / scale.unsqueeze(-1)).clamp(-top, top).to(dtype), scale

@@ -11,16 +11,21 @@ _BLOCK = 1024
 
 
 @triton.jit
+def silu_times(gate, up, dtype: tl.constexpr):
+    """float32 silu(gate) * up, rounded to dtype where the reference rounds, but for the product."""
+    gate = round_to(gate, dtype).to(tl.float32)
+    return round_to(gate / (1.0 + tl.exp(-gate)), dtype).to(tl.float32) * round_to(up, dtype).to(tl.float32)
+
+
+@triton.jit
 def _silu_and_mul_kernel(x, out, stride, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
-    gate = tl.load(x + row * stride + columns, mask=inside, other=0.0)
-    up = tl.load(x + row * stride + size + columns, mask=inside, other=0.0)
-    wide = gate.to(tl.float32)
-    # Rounded before the product, as the reference does.
-    activated = round_to(wide / (1.0 + tl.exp(-wide)), gate.dtype).to(tl.float32)
-    tl.store(out + row * size + columns, round_to(activated * up.to(tl.float32), gate.dtype), mask=inside)
+    dtype = x.dtype.element_ty
+    gate = tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * stride + size + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + columns, round_to(silu_times(gate, up, dtype), dtype), mask=inside)
 
 
 _launch_silu_and_mul = Launcher(_silu_and_mul_kernel)

@@ -6,10 +6,9 @@ import triton.language as tl
 
 from atom.kernels.triton.launch import next_power_of_2
 from atom.kernels.triton.launcher import Launcher, cdiv
-from atom.kernels.triton.numerics import round_to
+from atom.kernels.triton.numerics import round_to, scale_rows
 
 _HEADS = 8  # a program's
-SMALLEST_AMAX = 1e-10
 
 
 @triton.jit
@@ -19,7 +18,6 @@ def store_heads(
     scales,
     first_row,
     heads,
-    smallest_amax,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -29,11 +27,8 @@ def store_heads(
     columns = tl.arange(0, PADDED)
     inside = (heads < NUM_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
     if FLOAT8_MAX > 0:
-        amax = tl.maximum(tl.max(tl.abs(x), axis=1), smallest_amax)
-        scale = tl.div_rn(amax, tl.full(amax.shape, FLOAT8_MAX, tl.float32))
-        tl.store(scales + first_row + heads, scale, mask=heads < NUM_HEADS)
-        x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-        x = tl.minimum(tl.maximum(x, -FLOAT8_MAX), FLOAT8_MAX)
+        x, scale = scale_rows(x, FLOAT8_MAX)
+        tl.store(scales + (first_row + heads)[:, None], scale, mask=(heads < NUM_HEADS)[:, None])
     target = cache + (first_row + heads)[:, None] * HEAD_DIM + columns[None, :]
     tl.store(target, round_to(x, cache.dtype.element_ty), mask=inside)
 
@@ -46,7 +41,6 @@ def _store(
     first_row,
     heads,
     stride_head,
-    smallest_amax,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -55,7 +49,7 @@ def _store(
     columns = tl.arange(0, PADDED)
     inside = (heads < NUM_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
     x = tl.load(source + heads[:, None] * stride_head + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    store_heads(x, cache, scales, first_row, heads, smallest_amax, NUM_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
+    store_heads(x, cache, scales, first_row, heads, NUM_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
 
 
 @triton.jit
@@ -71,7 +65,6 @@ def _store_kv_kernel(
     key_stride_head,
     value_stride_token,
     value_stride_head,
-    smallest_amax,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -95,7 +88,6 @@ def _store_kv_kernel(
             row,
             heads,
             key_stride_head,
-            smallest_amax,
             NUM_HEADS,
             HEAD_DIM,
             PADDED,
@@ -110,7 +102,6 @@ def _store_kv_kernel(
             row,
             heads,
             value_stride_head,
-            smallest_amax,
             NUM_HEADS,
             HEAD_DIM,
             PADDED,
@@ -141,7 +132,7 @@ def store_kv(
     _launch_store_kv(
         (tokens, 2 * cdiv(num_heads, _HEADS), 1),
         (key, value, k_cache, v_cache, k_scale, v_scale, slot_mapping),
-        (key.stride(0), key.stride(1), value.stride(0), value.stride(1), SMALLEST_AMAX),
+        (key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
         (
             num_heads,
             head_dim,

@@ -45,6 +45,17 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+_ROW_TILE = 4096  # elements a program holds at least; of short rows several
+
+
+def row_tile(num_rows: int, size: int) -> tuple[int, int, int]:
+    """(rows of a program that holds whole ones, padded columns, warps)."""
+    columns = next_power_of_2(size)
+    # Few rows: one each, so that all multiprocessors get some. Only two cases, so only two compilations.
+    rows = max(1, _ROW_TILE // columns) if num_rows >= 4096 else 1
+    return rows, columns, min(max(rows * columns // 512, 1), 16)
+
+
 @cache
 def decode_tile(head_dim: int, itemsize: int, cache_itemsize: int) -> Tile:
     """Query heads are padded to `rows`; `columns` keys are read at a time. head_dim is a power of two."""
@@ -139,6 +150,18 @@ def gemm_tile(num_tokens: int, itemsize: int, num_outputs: int) -> GemmTile:
     if num_tokens <= 64:
         return GemmTile(64, 64, 128, 4, 3) if CHIP == "hopper" else GemmTile(64, 64, 64, 4, 2)
     return GemmTile(128, 256 // num_outputs, 64, 8, 3) if CHIP == "hopper" else GemmTile(128, 128, 32, 8, 2)
+
+
+@cache
+def quant_gemm_tile(num_tokens: int) -> GemmTile:
+    """For a dense product of operands in eight bits; k is the group of columns that share a scale."""
+    if CHIP == "interpret":
+        return GemmTile(16, 64, 128, 4, 1)
+    if num_tokens <= 16:
+        return GemmTile(16, 32, 128, 4, 6 if CHIP == "hopper" else 2)
+    if num_tokens <= 64:
+        return GemmTile(64, 64, 128, 4, 4 if CHIP == "hopper" else 2)
+    return GemmTile(128, 128, 128, 8, 3) if CHIP == "hopper" else GemmTile(128, 128, 128, 8, 2)
 
 
 @cache

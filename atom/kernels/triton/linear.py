@@ -15,7 +15,7 @@ import triton.language as tl
 from torch.compiler import is_compiling
 
 from atom.kernels.torch import linear as reference
-from atom.kernels.triton.activation import silu_and_mul
+from atom.kernels.triton.activation import silu_and_mul, silu_times
 from atom.kernels.triton.launch import gemm_tile, overlap_options, vector_tile
 from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.numerics import dot, round_to
@@ -26,14 +26,7 @@ prepare_linear_weight = reference.prepare_linear_weight
 prepare_silu_linear_weight = reference.prepare_silu_linear_weight
 
 MOST_FEW_TOKENS = 16
-_BAND = 8  # tiles of tokens that go over the weights together
-
-
-@triton.jit
-def silu_times(gate, up, dtype: tl.constexpr):
-    """float32 sums of both, rounded where the reference rounds."""
-    gate = round_to(gate, dtype).to(tl.float32)
-    return round_to(gate / (1.0 + tl.exp(-gate)), dtype).to(tl.float32) * round_to(up, dtype).to(tl.float32)
+BAND = 8  # tiles of tokens that go over the weights together
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -80,6 +73,16 @@ def _vector_kernel(
     tl.store(out + rows, round_to(result, out.dtype.element_ty), mask=rows < num_rows)
 
 
+@triton.jit
+def tile_in_band(num_tokens, num_rows, M: tl.constexpr, N: tl.constexpr, BAND: tl.constexpr):
+    """(this program's first token, its first row); programs that run at the same time share weights in the cache."""
+    band_programs = BAND * tl.cdiv(num_rows, N)
+    band = tl.program_id(0) // band_programs
+    height = tl.minimum(tl.cdiv(num_tokens, M) - band * BAND, BAND)
+    place = tl.program_id(0) % band_programs
+    return (band * BAND + place % height) * M, place // height * N
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _gemm_kernel(
     x,
@@ -99,14 +102,11 @@ def _gemm_kernel(
     GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """As `_vector_kernel` for M tokens and N rows; programs that run at the same time share weights in the cache."""
+    """As `_vector_kernel` for M tokens and N rows."""
     let_next_begin(OVERLAP)
-    token_tiles = tl.cdiv(num_tokens, M)
-    band = tl.program_id(0) // (BAND * tl.cdiv(num_rows, N))
-    height = tl.minimum(token_tiles - band * BAND, BAND)
-    place = tl.program_id(0) % (BAND * tl.cdiv(num_rows, N))
-    tokens = (band * BAND + place % height).to(tl.int64) * M + tl.arange(0, M)
-    rows = place // height * N + tl.arange(0, N)
+    first_token, first_row = tile_in_band(num_tokens, num_rows, M, N, BAND)
+    tokens = first_token.to(tl.int64) + tl.arange(0, M)
+    rows = first_row + tl.arange(0, N)
     inner = tl.arange(0, K)
     is_token = (tokens < num_tokens)[:, None]
     exists = (rows < num_rows)[None, :]
@@ -164,7 +164,7 @@ def _multiply(
         (cdiv(num_tokens, tile.m) * cdiv(num_rows, tile.n), 1, 1),
         (x, weight, bias, out),
         (num_tokens, num_rows, x.stride(0), weight.stride(0), num_rows),
-        (size, tile.m, tile.n, tile.k, _BAND, gated),
+        (size, tile.m, tile.n, tile.k, BAND, gated),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **overlap_options(x.device),

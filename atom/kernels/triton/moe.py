@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from atom.kernels.triton.activation import silu_times
 from atom.kernels.triton.launch import grouped_gemm_tile, next_power_of_2
-from atom.kernels.triton.linear import silu_times
 from atom.kernels.triton.moe_few import few_experts
 from atom.kernels.triton.numerics import dot, round_to
 from atom.kernels.triton.routing import order_by_expert

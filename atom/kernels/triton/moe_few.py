@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from atom.kernels.triton.activation import silu_times
 from atom.kernels.triton.launch import expert_vector_tile, overlap_options
-from atom.kernels.triton.linear import silu_times
 from atom.kernels.triton.numerics import round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 

@@ -4,12 +4,21 @@ import torch
 import triton
 import triton.language as tl
 
-from atom.kernels.triton.launch import next_power_of_2, overlap_options
+from atom.kernels.triton.launch import overlap_options, row_tile
 from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.numerics import round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
-_TILE = 4096  # elements a program holds at least; short rows are normalized several at a time
+
+@triton.jit
+def normalized(x, gain, eps, SIZE: tl.constexpr):
+    """x [ROWS, COLUMNS], zero from column SIZE on, gain [COLUMNS] -> [ROWS, COLUMNS] of the type torch promotes to."""
+    wide = x.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
+    scaled = round_to(wide * factor[:, None], x.dtype).to(tl.float32) * gain.to(tl.float32)[None, :]
+    if x.dtype == gain.dtype:
+        scaled = round_to(scaled, x.dtype)
+    return scaled
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -36,11 +45,7 @@ def _rms_norm_kernel(
     gain = tl.load(weight + columns, mask=columns < SIZE, other=0.0)
     wait_for_inputs(OVERLAP)
     values = tl.load(x + source[:, None] + columns[None, :], mask=inside, other=0.0)
-    wide = values.to(tl.float32)
-    factor = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
-    normed = round_to(wide * factor[:, None], values.dtype).to(tl.float32) * gain.to(tl.float32)[None, :]
-    target = out + rows[:, None] * SIZE + columns[None, :]
-    tl.store(target, round_to(normed, out.dtype.element_ty), mask=inside)
+    tl.store(out + rows[:, None] * SIZE + columns[None, :], normalized(values, gain, eps, SIZE), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -70,23 +75,11 @@ def _add_rms_norm_kernel(
     second = tl.load(at_residual, mask=inside, other=0.0)
     total = round_to(first.to(tl.float32) + second.to(tl.float32), first.dtype)
     tl.store(at_residual, total, mask=inside)
-    wide = total.to(tl.float32)
-    factor = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
-    normed = round_to(wide * factor[:, None], first.dtype).to(tl.float32) * gain.to(tl.float32)[None, :]
-    target = out + rows[:, None] * SIZE + columns[None, :]
-    tl.store(target, round_to(normed, out.dtype.element_ty), mask=inside)
+    tl.store(out + rows[:, None] * SIZE + columns[None, :], normalized(total, gain, eps, SIZE), mask=inside)
 
 
 _launch_rms_norm = Launcher(_rms_norm_kernel)
 _launch_add_rms_norm = Launcher(_add_rms_norm_kernel)
-
-
-def _shape(num_rows: int, size: int) -> tuple[int, int, int]:
-    """(rows a program, padded columns, warps)."""
-    columns = next_power_of_2(size)
-    # Few rows: one each, so that all multiprocessors get some. Only two cases, so only two compilations.
-    rows = max(1, _TILE // columns) if num_rows >= 4096 else 1
-    return rows, columns, min(max(rows * columns // 512, 1), 16)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -104,7 +97,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = x.new_empty(x.shape, dtype=dtype)
     num_rows = tokens * heads
     if num_rows:
-        rows, columns, warps = _shape(num_rows, size)
+        rows, columns, warps = row_tile(num_rows, size)
         _launch_rms_norm(
             (cdiv(num_rows, rows), 1, 1),
             (x, weight, out),
@@ -121,12 +114,12 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`atom.kernels.torch.norm.add_rms_norm`; writes over both inputs."""
     size = x.shape[-1]
-    x, residual = _as_rows(x), _as_rows(residual)
+    x, residual = as_rows(x), as_rows(residual)
     in_place = x.dtype == weight.dtype and x.is_contiguous()
     out = x if in_place else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
     num_rows = x.numel() // size
     if num_rows:
-        rows, columns, warps = _shape(num_rows, size)
+        rows, columns, warps = row_tile(num_rows, size)
         stride_x = x.stride(-2) if x.dim() > 1 else size
         stride_residual = residual.stride(-2) if residual.dim() > 1 else size
         _launch_add_rms_norm(
@@ -140,6 +133,6 @@ def add_rms_norm(
     return out, residual
 
 
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
+def as_rows(x: torch.Tensor) -> torch.Tensor:
     """x itself where one stride walks its rows, else a copy."""
     return x if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1) else x.contiguous()

@@ -10,6 +10,8 @@ import triton.language as tl
 from atom.kernels.triton.launch import CHIP
 
 INTERPRET = tl.constexpr(CHIP == "interpret")
+_SMALLEST_AMAX = tl.constexpr(1e-10)  # a row of zeros has a scale, too
+_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: leaves no room for fractions in what is added to it
 
 
 @triton.jit
@@ -23,8 +25,10 @@ def dot(a, b, acc):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """float32 x to the nearest of dtype, ties to even; float8 values must be in its range."""
-    if INTERPRET:
+    """float32 x to the nearest of dtype, ties to even; float8 and int8 values must be in its range."""
+    if dtype == tl.int8:
+        x = (x + _ROUNDER) - _ROUNDER
+    elif INTERPRET:
         bits = x.to(tl.uint32, bitcast=True)
         if dtype == tl.bfloat16:
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -33,6 +37,14 @@ def round_to(x, dtype: tl.constexpr):
             step = (bits & 0x7F800000).to(tl.float32, bitcast=True) * 0.125
             smallest: tl.constexpr = 2.0**-9 if dtype == tl.float8e4nv else 2.0**-10
             step = tl.maximum(step, smallest)
-            # A large enough number leaves no room for anything below the step.
-            x = (x + step * 12582912.0) - step * 12582912.0
+            x = (x + step * _ROUNDER) - step * _ROUNDER
     return x.to(dtype)
+
+
+@triton.jit
+def scale_rows(x, TOP: tl.constexpr):
+    """float32 [..., N] -> (x / scale, at most TOP; scale [..., 1]), as `atom.kernels.torch.quant.scale_rows`."""
+    amax = tl.maximum(tl.max(tl.abs(x), axis=len(x.shape) - 1, keep_dims=True), _SMALLEST_AMAX)
+    scale = tl.div_rn(amax, tl.full(amax.shape, TOP, tl.float32))
+    values = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    return tl.minimum(tl.maximum(values, -TOP), TOP), scale

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from atom.kernels.triton.kv_cache import SMALLEST_AMAX, store_heads
+from atom.kernels.triton.kv_cache import store_heads
 from atom.kernels.triton.launch import next_power_of_2, overlap_options
 from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.numerics import round_to
@@ -75,7 +75,6 @@ def _qk_norm_rope_cache_kernel(
     query_stride,
     cos_sin_stride,
     eps,
-    smallest_amax,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -112,13 +111,13 @@ def _qk_norm_rope_cache_kernel(
         key = _normed_and_rotated(
             x + QUERY_HEADS * HEAD_DIM, k_weight, entry, heads, eps, KV_HEADS, HEAD_DIM, PADDED, HALF, INTERLEAVED
         )
-        store_heads(key, k_cache, k_scale, row, heads, smallest_amax, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
+        store_heads(key, k_cache, k_scale, row, heads, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
     else:
         heads = (block - query_blocks - kv_blocks) * HEADS + tl.arange(0, HEADS)
         source = x + (QUERY_HEADS + KV_HEADS + heads)[:, None] * HEAD_DIM + columns[None, :]
         inside = (heads < KV_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
         value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        store_heads(value, v_cache, v_scale, row, heads, smallest_amax, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
+        store_heads(value, v_cache, v_scale, row, heads, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
 
 
 _launch_qk_norm_rope_cache = Launcher(_qk_norm_rope_cache_kernel)
@@ -165,7 +164,7 @@ def qk_norm_rope_cache(
             v_scale,
             slot_mapping,
         ),
-        (qkv.stride(0), query.stride(0), cos_sin_cache.stride(0), eps, SMALLEST_AMAX),
+        (qkv.stride(0), query.stride(0), cos_sin_cache.stride(0), eps),
         (
             query_heads,
             kv_heads,

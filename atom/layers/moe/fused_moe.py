@@ -8,6 +8,7 @@ from atom.kernels import get_op
 from atom.layers.build import BuildContext
 from atom.layers.linear import divide, load_shard, set_loader
 from atom.layers.module import Layer
+from atom.utils.errors import ModelLoadError
 
 
 def _run_experts(
@@ -49,6 +50,8 @@ class FusedMoE(Layer):
         context: BuildContext,
     ) -> None:
         super().__init__()
+        if context.quant_config is not None:
+            raise ModelLoadError("a quantized checkpoint with experts is not supported yet")
         self.top_k = top_k
         self.renormalize = renormalize
         self.tp = context.tp

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from atom.kernels import get_op
-from atom.layers.quant.base import LinearMethod
+from atom.layers.quant.base import LinearMethod, QuantizedRows
 
 
 class UnquantizedLinearMethod(LinearMethod):
@@ -18,5 +18,5 @@ class UnquantizedLinearMethod(LinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         layer.weight = nn.Parameter(self._prepare(layer.weight.data), requires_grad=False)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: nn.Module, x: torch.Tensor | QuantizedRows, bias: torch.Tensor | None) -> torch.Tensor:
         return self._linear(x, layer.weight, bias, layer.out_features)
