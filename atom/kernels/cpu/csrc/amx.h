@@ -64,7 +64,7 @@ class TileRegisters {
   if (t.accumulate) _tile_loadd(i, at, t.c_stride * 4); \
   else _tile_zero(i)
 
-// One tile of rows, one panel; every step fetches what lies kAheadBytes on.
+// One tile of rows, one panel; with kFetch every tile of B fetches the one that comes four later.
 template <bool kFetch>
 ATOM_INLINE void tile_1x1(const Tile& t, const char* a, const char* b, float* c) {
   ATOM_TILE_C(0, c);
