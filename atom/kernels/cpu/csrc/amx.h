@@ -60,102 +60,61 @@ class TileRegisters {
   TileShapes shapes_;
 };
 
-#define ATOM_TILE_C(i, at)                             \
-  if (t.accumulate) _tile_loadd(i, at, t.c_stride * 4); \
-  else _tile_zero(i)
-
-// One tile of rows, one panel; with kFetch every tile of B fetches the one that comes four later.
-template <bool kFetch>
-ATOM_INLINE void tile_1x1(const Tile& t, const char* a, const char* b, float* c) {
-  ATOM_TILE_C(0, c);
+// C[R * 16, P * 16] (+)= A * B for one or two tiles of rows and one or two panels; every K tile fetches `lines` cache
+// lines from `fetch` on.
+template <int R, int P>
+ATOM_INLINE void tile_product(const Tile& t, const char* a, const char* b, float* c, const char* fetch, int lines) {
+  const int64_t c_bytes = t.c_stride * 4;
+  const char* a1 = a + 16 * t.a_stride;
+  float* c1 = c + 16 * t.c_stride;
+  if (t.accumulate) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (P == 2) _tile_loadd(1, c + 16, c_bytes);
+    if constexpr (R == 2) _tile_loadd(2, c1, c_bytes);
+    if constexpr (R == 2 && P == 2) _tile_loadd(3, c1 + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (P == 2) _tile_zero(1);
+    if constexpr (R == 2) _tile_zero(2);
+    if constexpr (R == 2 && P == 2) _tile_zero(3);
+  }
   for (int64_t s = 0; s < t.steps; s += kStepsOfTile) {
-    if constexpr (kFetch) {
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) __builtin_prefetch(b + 4 * kAheadBytes + i * 64, 0, 2);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(4, a, t.a_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (R == 2) {
+      _tile_loadd(5, a1, t.a_stride);
+      _tile_dpbf16ps(2, 5, 6);
     }
-    _tile_loadd(4, a, t.a_stride);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    a += 64, b += 1024;
-  }
-  _tile_stored(0, c, t.c_stride * 4);
-}
-
-ATOM_INLINE void tile_1x2(const Tile& t, const char* a, const char* b, float* c) {
-  ATOM_TILE_C(0, c);
-  ATOM_TILE_C(1, c + 16);
-  for (int64_t s = 0; s < t.steps; s += kStepsOfTile) {
-    _tile_loadd(4, a, t.a_stride);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + t.panel_bytes, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    a += 64, b += 1024;
-  }
-  _tile_stored(0, c, t.c_stride * 4);
-  _tile_stored(1, c + 16, t.c_stride * 4);
-}
-
-ATOM_INLINE void tile_2x1(const Tile& t, const char* a, const char* b, float* c) {
-  const char* a1 = a + 16 * t.a_stride;
-  float* c1 = c + 16 * t.c_stride;
-  ATOM_TILE_C(0, c);
-  ATOM_TILE_C(2, c1);
-  for (int64_t s = 0; s < t.steps; s += kStepsOfTile) {
-    _tile_loadd(6, b, 64);
-    _tile_loadd(4, a, t.a_stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, a1, t.a_stride);
-    _tile_dpbf16ps(2, 5, 6);
+    for (int i = 0; i < lines; ++i, fetch += 64) __builtin_prefetch(fetch, 0, 2);
+    if constexpr (P == 2) {
+      _tile_loadd(7, b + t.panel_bytes, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (R == 2) _tile_dpbf16ps(3, 5, 7);
+    }
     a += 64, a1 += 64, b += 1024;
   }
-  _tile_stored(0, c, t.c_stride * 4);
-  _tile_stored(2, c1, t.c_stride * 4);
+  _tile_stored(0, c, c_bytes);
+  if constexpr (P == 2) _tile_stored(1, c + 16, c_bytes);
+  if constexpr (R == 2) _tile_stored(2, c1, c_bytes);
+  if constexpr (R == 2 && P == 2) _tile_stored(3, c1 + 16, c_bytes);
 }
 
-// `fetch`, if not null: `lines` cache lines that every step fetches.
-template <bool kFetch>
-ATOM_INLINE void tile_2x2(const Tile& t, const char* a, const char* b, float* c, const char* fetch, int lines) {
-  const char* a1 = a + 16 * t.a_stride;
-  float* c1 = c + 16 * t.c_stride;
-  ATOM_TILE_C(0, c);
-  ATOM_TILE_C(1, c + 16);
-  ATOM_TILE_C(2, c1);
-  ATOM_TILE_C(3, c1 + 16);
-  for (int64_t s = 0; s < t.steps; s += kStepsOfTile) {
-    _tile_loadd(6, b, 64);
-    _tile_loadd(4, a, t.a_stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, a1, t.a_stride);
-    _tile_dpbf16ps(2, 5, 6);
-    if constexpr (kFetch)
-      for (int i = 0; i < lines; ++i, fetch += 64) __builtin_prefetch(fetch, 0, 2);
-    _tile_loadd(7, b + t.panel_bytes, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
-    a += 64, a1 += 64, b += 1024;
-  }
-  _tile_stored(0, c, t.c_stride * 4);
-  _tile_stored(1, c + 16, t.c_stride * 4);
-  _tile_stored(2, c1, t.c_stride * 4);
-  _tile_stored(3, c1 + 16, t.c_stride * 4);
+// The same where the numbers of row tiles and panels, one or two each, are known only now.
+ATOM_INLINE void tile_product(bool two_rows, bool two_panels, const Tile& t, const char* a, const char* b, float* c,
+                              const char* fetch, int lines) {
+  if (two_panels) two_rows ? tile_product<2, 2>(t, a, b, c, fetch, lines) : tile_product<1, 2>(t, a, b, c, fetch, lines);
+  else two_rows ? tile_product<2, 1>(t, a, b, c, fetch, lines) : tile_product<1, 1>(t, a, b, c, fetch, lines);
 }
-
-#undef ATOM_TILE_C
 
 // `multiply` of micro.h, with registers configured for 16 rows: A and C must have room for rows rounded up to 16.
 template <>
 ATOM_INLINE void multiply<StepAMX>(Tile t, int64_t rows, int64_t panels) {
   TileRegisters::barrier();
-  for (int64_t row = 0; row < rows; row += 32) {
-    const bool two_rows = rows - row > 16;
-    for (int64_t p = 0; p < panels; p += 2) {
-      const char *a = t.a + row * t.a_stride, *b = t.b + p * t.panel_bytes;
-      float* c = t.c + row * t.c_stride + p * 16;
-      if (panels - p > 1) two_rows ? tile_2x2<false>(t, a, b, c, nullptr, 0) : tile_1x2(t, a, b, c);
-      else two_rows ? tile_2x1(t, a, b, c) : tile_1x1<false>(t, a, b, c);
-    }
-  }
+  for (int64_t row = 0; row < rows; row += 32)
+    for (int64_t p = 0; p < panels; p += 2)
+      tile_product(rows - row > 16, panels - p > 1, t, t.a + row * t.a_stride, t.b + p * t.panel_bytes,
+                   t.c + row * t.c_stride + p * 16, nullptr, 0);
   TileRegisters::barrier();
 }
 
@@ -165,14 +124,16 @@ ATOM_INLINE void multiply_streaming<StepAMX>(Tile t, int64_t rows, int64_t panel
   if (rows <= 16) {
     // Reading the weights is what takes the time: one sequential stream.
     const TileRegisters registers(rows, 0);
-    for (int64_t p = 0; p < panels; ++p) tile_1x1<true>(t, t.a, t.b + p * t.panel_bytes, t.c + p * 16);
+    for (int64_t p = 0; p < panels; ++p) {
+      const char* b = t.b + p * t.panel_bytes;
+      tile_product<1, 1>(t, t.a, b, t.c + p * 16, b + 4 * kAheadBytes, 16);
+    }
     return;
   }
   const int64_t blocks = (rows + 31) / 32, lines = (32 + blocks - 1) / blocks;
   int64_t shape = std::min<int64_t>(rows, 32);
   TileRegisters registers(16, shape - 16);
   for (int64_t p = 0; p < panels; p += 2) {
-    const bool two = panels - p > 1;
     const char* b = t.b + p * t.panel_bytes;
     const char* fetch = p + 2 < panels ? b + 2 * t.panel_bytes : next;
     for (int64_t block = 0; block < blocks; ++block) {
@@ -181,12 +142,9 @@ ATOM_INLINE void multiply_streaming<StepAMX>(Tile t, int64_t rows, int64_t panel
         registers.reshape(std::min<int64_t>(count, 16), std::max<int64_t>(count - 16, 0));
         shape = count;
       }
-      const char* a = t.a + row * t.a_stride;
-      float* c = t.c + row * t.c_stride + p * 16;
-      if (count > 16 && two) tile_2x2<true>(t, a, b, c, fetch + block * lines * 64 * (t.steps / 16), lines);
-      else if (count > 16) tile_2x1(t, a, b, c);
-      else if (two) tile_1x2(t, a, b, c);
-      else tile_1x1<false>(t, a, b, c);
+      const bool whole = count > 16 && panels - p > 1;  // the others are few: they fetch nothing
+      tile_product(count > 16, panels - p > 1, t, t.a + row * t.a_stride, b, t.c + row * t.c_stride + p * 16,
+                   fetch + block * lines * 64 * (t.steps / 16), whole ? lines : 0);
     }
   }
 }

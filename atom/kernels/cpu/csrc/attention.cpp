@@ -17,11 +17,11 @@ namespace {
 constexpr int64_t kTile = 64, kSplit = 128, kTileRows = 64;
 constexpr int kFewRows = 8;  // a decode has few rows and reads each key once
 
-// How the products are computed: on floats, or on bf16 pairs where the machine has the instruction, or tiles for them.
-// Rows, steps and panels are rounded up to what the products take at once.
 struct NoRegisters {
   NoRegisters() {}
 };
+// How the products are computed: on floats, or on bf16 pairs where the machine has the instruction, or tiles for them.
+// Rows, steps and panels are rounded up to what the products take at once.
 struct OnFloat {
   using Registers = NoRegisters;
   using Step = StepF32;
