@@ -16,7 +16,7 @@ import triton.language as tl
 from atom.kernels.triton.decode_rows import MOST_HEADS, decode_rows_kernel, first_key, split_length
 from atom.kernels.triton.launch import (
     CHIP,
-    decode_float8_tile,
+    DECODE_FLOAT8_TILE,
     decode_rows_tile,
     decode_tile,
     next_power_of_2,
@@ -478,7 +478,7 @@ def paged_attention(
         pointers = query, k_cache, v_cache, k_scale, v_scale, seq_lens, block_table, output, parts, parts_log
         numbers = scale, table_stride, splits, least
         if scaled and _float8_has_kernel(query, k_cache, group):
-            tile = decode_float8_tile(head_dim)
+            tile = DECODE_FLOAT8_TILE
             rows = -(-group // tile.rows) * tile.rows
             subtiles = tile.columns // (decode_float8.SUBTILE * tile.num_warps)
             in_words = [stride // 4 for stride in strides[4:7]]

@@ -77,10 +77,8 @@ def decode_rows_tile(fills_chip: bool) -> Tile:
     return Tile(1, 16, 1, 2) if fills_chip else Tile(1, 32, 2, 2)
 
 
-@cache
-def decode_float8_tile(head_dim: int) -> Tile:
-    """For `decode_float8_kernel`: `columns` keys at a time, a multiple of 16 for each warp."""
-    return Tile(8, 32, 2, 1)
+# For `decode_float8_kernel`: `columns` keys at a time, a multiple of 16 for each warp.
+DECODE_FLOAT8_TILE = Tile(8, 32, 2, 1)
 
 
 @cache

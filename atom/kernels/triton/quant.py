@@ -136,20 +136,7 @@ _launch_silu_and_mul_quant = Launcher(_silu_and_mul_quant_kernel)
 
 def quantize(x: torch.Tensor, dtype: torch.dtype, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`atom.kernels.torch.quant.quantize`; group_size must be a power of two."""
-    x = as_rows(x)
-    num_rows, size = x.shape
-    out, scales = _results(x, size, dtype, group_size)
-    if num_rows:
-        grid, constants, warps = _tiles(num_rows, size, dtype, group_size, whole_rows=group_size is None)
-        _launch_quantize(
-            grid,
-            (x, out, scales),
-            (num_rows, x.stride(0)),
-            constants,
-            num_warps=warps,
-            **overlap_options(x.device),
-        )
-    return out, scales
+    return _quantize_with(_launch_quantize, x, x.shape[1], dtype, group_size)
 
 
 def rms_norm_quant(
@@ -176,12 +163,19 @@ def silu_and_mul_quant(
     x: torch.Tensor, dtype: torch.dtype, group_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`atom.kernels.torch.quant.silu_and_mul_quant`; group_size must be a power of two."""
+    return _quantize_with(_launch_silu_and_mul_quant, x, x.shape[1] // 2, dtype, group_size)
+
+
+def _quantize_with(
+    launch: Launcher, x: torch.Tensor, size: int, dtype: torch.dtype, group_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a kernel that makes rows of `size` columns from x; each group of them is independent."""
     x = as_rows(x)
-    num_rows, size = x.shape[0], x.shape[1] // 2
+    num_rows = x.shape[0]
     out, scales = _results(x, size, dtype, group_size)
     if num_rows:
         grid, constants, warps = _tiles(num_rows, size, dtype, group_size, whole_rows=group_size is None)
-        _launch_silu_and_mul_quant(
+        launch(
             grid,
             (x, out, scales),
             (num_rows, x.stride(0)),

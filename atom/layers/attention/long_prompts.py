@@ -2,10 +2,9 @@
 
 Why: cuDNN's kernel is clearly faster for long prompts (for 1024 tokens it isn't, and its calls and copies cost the host
 0.1 ms a layer more), but it wants contiguous keys, and the first call of each new shape costs the host 50 to 75 ms
-(0.84 s the very first), as cuDNN builds a plan for it. So only a part
-of a prompt goes there, cut to one of few lengths; the rest of its tokens goes to the paged kernel together with the
-step's other requests, as chunks that find all their keys in the cache. `LongPrompts.cut` decides on the host, once a
-step, `attend` runs in each layer.
+(0.84 s the very first), as cuDNN builds a plan for it. So only a part of a prompt goes there, cut to one of few
+lengths; the rest of its tokens goes to the paged kernel together with the step's other requests, as chunks that find
+all their keys in the cache. `LongPrompts.cut` decides on the host, once a step, `attend` runs in each layer.
 
 A part that sees cached keys as well takes several calls, its own keys causally and the earlier ones whole, a piece
 of fixed length at a time. Each gives a softmax over some of the keys; they are merged by their log-sum-exps, as in
