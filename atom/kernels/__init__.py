@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 # op -> module below atom/kernels/<backend>/ that holds it, under the same name in every backend
 OPS: dict[str, str] = {
+    "embedding": "embedding",
     "rms_norm": "norm",
     "add_rms_norm": "norm",
     "silu_and_mul": "activation",

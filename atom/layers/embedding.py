@@ -1,7 +1,6 @@
 """Token embedding and output head, split over the vocabulary."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from atom.distributed.communication import all_gather_last, all_reduce
@@ -20,16 +19,17 @@ class VocabParallelEmbedding(Layer):
         self.tp = context.tp
         self.rows = -(-vocab_size // self.tp.size)
         self.first = self.tp.rank * self.rows
+        self._look_up = get_op("embedding")
         self.weight = nn.Parameter(torch.empty(self.rows, hidden_size, dtype=context.dtype), requires_grad=False)
         set_loader(self.weight, self._load)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, hidden_size]"""
         if self.tp.size == 1:
-            return F.embedding(input_ids, self.weight)
+            return self._look_up(input_ids, self.weight)
         local = input_ids - self.first
         mine = (local >= 0) & (local < self.rows)
-        out = F.embedding(local.clamp(0, self.rows - 1), self.weight)
+        out = self._look_up(local.clamp(0, self.rows - 1), self.weight)
         return all_reduce(out * mine.unsqueeze(-1), self.tp)
 
     def _load(self, param: torch.Tensor, loaded: torch.Tensor, shard_id: int | None, expert_id: int | None) -> None:

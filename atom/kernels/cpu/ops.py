@@ -19,6 +19,11 @@ def _linear_silu_and_mul(x, packed, intermediate_size):
     return x.new_empty((*x.shape[:-1], intermediate_size))
 
 
+@register_fake("atom_cpu::embedding")
+def _embedding(input_ids, weight):
+    return weight.new_empty((input_ids.shape[0], weight.shape[1]))
+
+
 @register_fake("atom_cpu::rms_norm")
 def _rms_norm(x, weight, eps):
     return x.new_empty(x.shape)

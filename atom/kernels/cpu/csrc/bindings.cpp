@@ -101,7 +101,29 @@ bool linear(const Tensor& x_in, const Tensor& packed, const Tensor* bias, int64_
   return true;
 }
 
-bool norm(const Tensor& x_in, const Tensor* residual, const Tensor& weight, double eps, Tensor& out) {
+// Rows of a table at ids, which must be within it.
+bool embedding(const Tensor& ids, const Tensor& table, Tensor& out) {
+  if (table.dim() != 2 || table.stride(1) != 1 || ids.dim() != 1 || ids.scalar_type() != at::kLong ||
+      !ids.is_contiguous())
+    return false;
+  atom::TakeArgs args;
+  args.ids = ids.const_data_ptr<int64_t>();
+  args.count = ids.size(0);
+  for (int64_t i = 0; i < args.count; ++i)
+    TORCH_CHECK_INDEX(args.ids[i] >= 0 && args.ids[i] < table.size(0), "embedding: id ", args.ids[i], " of ",
+                      table.size(0), " rows");
+  args.table = table.const_data_ptr();
+  args.row_bytes = table.size(1) * table.element_size();
+  args.stride_bytes = table.stride(0) * table.element_size();
+  out = empty({args.count, table.size(1)}, table.scalar_type());
+  args.out = out.data_ptr();
+  atom::take_rows(args, at::get_num_threads());
+  return true;
+}
+
+// With a residual, total = x + residual. `in_place`: total is the residual, and the norm replaces x.
+bool norm(const Tensor& x_in, const Tensor* residual, const Tensor& weight, double eps, bool in_place, Tensor& out,
+          Tensor* total) {
   atom::NormArgs args;
   if (!dtype_of(x_in, args.type) || weight.scalar_type() != x_in.scalar_type() || weight.dim() != 1 ||
       weight.stride(0) != 1 || x_in.dim() < 1 || weight.size(0) != x_in.size(-1))
@@ -116,13 +138,15 @@ bool norm(const Tensor& x_in, const Tensor* residual, const Tensor& weight, doub
         !rows_of(*residual, rows, args.ldr))
       return false;
     args.residual = residual->const_data_ptr();
-    args.residual_out = residual->data_ptr();
+    *total = in_place ? *residual : output_like(x, args.cols, x.scalar_type());
+    args.total = total->data_ptr();
+    args.ldt = in_place ? args.ldr : args.cols;
   }
   args.weight = weight.const_data_ptr();
   args.eps = float(eps);
-  out = residual ? x : output_like(x, args.cols, x.scalar_type());
+  out = in_place ? x : output_like(x, args.cols, x.scalar_type());
   args.out = out.data_ptr();
-  args.ldo = residual ? args.ldx : args.cols;
+  args.ldo = in_place ? args.ldx : args.cols;
   atom::rms_norm(args, at::get_num_threads());
   return true;
 }
@@ -291,16 +315,20 @@ Tensor op_linear_silu_and_mul(const Tensor& x, const Tensor& packed, int64_t n) 
   SUPPORTED(linear(x, packed, nullptr, n, false, true, out));
   return out;
 }
+Tensor op_embedding(const Tensor& ids, const Tensor& table) {
+  Tensor out;
+  SUPPORTED(embedding(ids, table, out));
+  return out;
+}
 Tensor op_rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   Tensor out;
-  SUPPORTED(norm(x, nullptr, weight, eps, out));
+  SUPPORTED(norm(x, nullptr, weight, eps, false, out, nullptr));
   return out;
 }
 // Here nothing is changed in place: a functional op is what a compiler can reason about.
 std::tuple<Tensor, Tensor> op_add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  Tensor out, total = residual.clone();
-  const Tensor copy = x.clone();
-  SUPPORTED(norm(copy, &total, weight, eps, out));
+  Tensor out, total;
+  SUPPORTED(norm(x, &residual, weight, eps, false, out, &total));
   return {out, total};
 }
 Tensor op_silu_and_mul(const Tensor& x) {
@@ -382,16 +410,23 @@ FUNCTION(py_linear_silu_and_mul) {
                                                                                          : unsupported();
   });
 }
+FUNCTION(py_embedding) {
+  return call<2>(count, [&] {
+    Tensor out;
+    return embedding(tensor(a[0]), tensor(a[1]), out) ? wrap(std::move(out)) : unsupported();
+  });
+}
 FUNCTION(py_rms_norm) {
   return call<3>(count, [&] {
     Tensor out;
-    return norm(tensor(a[0]), nullptr, tensor(a[1]), real(a[2]), out) ? wrap(std::move(out)) : unsupported();
+    return norm(tensor(a[0]), nullptr, tensor(a[1]), real(a[2]), false, out, nullptr) ? wrap(std::move(out))
+                                                                                     : unsupported();
   });
 }
 FUNCTION(py_add_rms_norm) {  // both inputs are overwritten: x with the norm, the residual with the sum
   return call<4>(count, [&]() -> PyObject* {
-    Tensor out;
-    if (!norm(tensor(a[0]), &tensor(a[1]), tensor(a[2]), real(a[3]), out)) return unsupported();
+    Tensor out, total;
+    if (!norm(tensor(a[0]), &tensor(a[1]), tensor(a[2]), real(a[3]), true, out, &total)) return unsupported();
     PyObject* first = out.is_same(tensor(a[0])) ? Py_NewRef(a[0]) : wrap(std::move(out));
     PyObject* pair = first ? PyTuple_New(2) : nullptr;
     if (!pair) return Py_XDECREF(first), nullptr;
@@ -450,9 +485,9 @@ FUNCTION(py_bind_threads) {  // a tuple of CPUs, the i-th for thread i
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(atom::isa()); }
 
 #define METHOD(name) {#name, (PyCFunction)(void*)py_##name, METH_FASTCALL, nullptr}
-PyMethodDef methods[] = {METHOD(pack_weight), METHOD(linear), METHOD(linear_silu_and_mul), METHOD(rms_norm),
-                         METHOD(add_rms_norm), METHOD(silu_and_mul), METHOD(rotary), METHOD(store_kv),
-                         METHOD(paged_attention), METHOD(argmax), METHOD(sample), METHOD(bind_threads),
+PyMethodDef methods[] = {METHOD(pack_weight), METHOD(linear), METHOD(linear_silu_and_mul), METHOD(embedding),
+                         METHOD(rms_norm), METHOD(add_rms_norm), METHOD(silu_and_mul), METHOD(rotary),
+                         METHOD(store_kv), METHOD(paged_attention), METHOD(argmax), METHOD(sample), METHOD(bind_threads),
                          {"isa", py_isa, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "atom_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
@@ -462,6 +497,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "atom_cpu", nullptr, -1, methods, n
 TORCH_LIBRARY(atom_cpu, m) {
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features, bool out_float32) -> Tensor");
   m.def("linear_silu_and_mul(Tensor x, Tensor packed, int intermediate_size) -> Tensor");
+  m.def("embedding(Tensor input_ids, Tensor weight) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("silu_and_mul(Tensor x) -> Tensor");
@@ -474,6 +510,7 @@ TORCH_LIBRARY(atom_cpu, m) {
 TORCH_LIBRARY_IMPL(atom_cpu, CPU, m) {
   m.impl("linear", op_linear);
   m.impl("linear_silu_and_mul", op_linear_silu_and_mul);
+  m.impl("embedding", op_embedding);
   m.impl("rms_norm", op_rms_norm);
   m.impl("add_rms_norm", op_add_rms_norm);
   m.impl("silu_and_mul", op_silu_and_mul);

@@ -36,8 +36,18 @@ struct LinearArgs {
 };
 void linear(const LinearArgs& args, int threads);
 
+// ---- look-up (embedding.cpp) ----
+struct TakeArgs {
+  const void* table;
+  int64_t row_bytes, stride_bytes;
+  const int64_t* ids;  // within the table
+  int64_t count;
+  void* out;           // [count] rows, contiguous
+};
+void take_rows(const TakeArgs& args, int threads);
+
 // ---- elementwise ----
-// residual == null: out = rms_norm(x). Otherwise residual_out = x + residual and out = rms_norm(residual_out).
+// residual == null: out = rms_norm(x). Otherwise total = x + residual and out = rms_norm(total).
 struct NormArgs {
   DType type;
   int64_t rows, cols;
@@ -47,9 +57,10 @@ struct NormArgs {
   int64_t ldr;
   const void* weight;
   float eps;
-  void* out;           // [rows, cols]
+  void* out;    // [rows, cols], may be x
   int64_t ldo;
-  void* residual_out;  // row stride ldr
+  void* total;  // may be the residual
+  int64_t ldt;
 };
 void rms_norm(const NormArgs& args, int threads);
 

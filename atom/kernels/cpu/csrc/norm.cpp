@@ -13,7 +13,7 @@ void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
     F16x squares = splat(0.0f);
     if (args.residual) {
       const T* residual = (const T*)args.residual + row * args.ldr;
-      T* total = (T*)args.residual_out + row * args.ldr;
+      T* total = (T*)args.total + row * args.ldt;
       for (int64_t i = 0; i < args.cols; i += 16) {
         const int64_t n = args.cols - i;
         F16x v = rounded<T>(load_some(x + i, n) + load_some(residual + i, n));
