@@ -32,18 +32,26 @@ class Batch:
             self.block_table[r, :n] = order[used : used + n]
             used += n
         shape = (len(order), block_size, kv_heads, dim)
-        # What no request owns is NaN: it must not leak.
+        # The kernels keep a cache in an order of their own. What no request owns is NaN: it must not leak.
         cache_dtype = FLOAT8 if fp8 else dtype
-        self.k, self.v = (torch.full(shape, float("nan")).to(cache_dtype) for _ in range(2))
-        self.k_scale, self.v_scale = (torch.full(shape[:3], float("nan")) if fp8 else None for _ in range(2))
+        self.cache, self.reference_cache = (
+            [
+                *(torch.full(shape, float("nan")).to(cache_dtype) for _ in range(2)),
+                *(torch.full(shape[:3], float("nan")) if fp8 else None for _ in range(2)),
+            ]
+            for _ in range(2)
+        )
         for r, c in enumerate(contexts):
-            key, value = (torch.randn(c, kv_heads, dim, generator=g).to(dtype) for _ in range(2))
-            reference_cache.store_kv(key, value, self.k, self.v, self.slots(r), self.k_scale, self.v_scale)
+            self.store(r, *(torch.randn(c, kv_heads, dim, generator=g).to(dtype) for _ in range(2)))
         total = sum(queries)
         # The query is a view of a wider tensor, as after a fused projection.
         self.fused = torch.randn(total, heads + 2 * kv_heads, dim, generator=g).to(dtype)
         self.query = self.fused[:, :heads]
         self.scale = dim**-0.5
+
+    def store(self, r, key, value):
+        for function, cache in ((store_kv, self.cache), (reference_cache.store_kv, self.reference_cache)):
+            function(key, value, *cache[:2], self.slots(r), *cache[2:])
 
     def slots(self, r):
         position = torch.arange(self.contexts[r])
@@ -57,15 +65,15 @@ class Batch:
             contexts, table_rows = self.contexts, range(len(self.contexts))
         query = torch.cat([self.fused[a:b] for a, b in rows])[:, : self.query.shape[1]]
         lengths = [b - a for a, b in rows]
-        caches = (self.k, self.v)
+        *caches, k_scale, v_scale = self.cache if function is paged_attention else self.reference_cache
         if dtype:
-            query, caches = query.to(dtype), tuple(c.to(dtype) for c in caches)
+            query, caches = query.to(dtype), [c.to(dtype) for c in caches]
         output = torch.full(query.shape, float("nan"), dtype=query.dtype)
         start = torch.tensor([0, *lengths]).cumsum(0).int()
         decodes = next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
         function(
             query, *caches, start, torch.tensor(contexts).int(), self.block_table[list(table_rows)], output,
-            self.scale, decodes, max(lengths), max(contexts), window, self.k_scale, self.v_scale,
+            self.scale, decodes, max(lengths), max(contexts), window, k_scale, v_scale,
         )  # fmt: skip
         return output
 
@@ -145,7 +153,7 @@ def test_large_scores_and_equal_keys():
     batch = Batch([200], [200], 2, 1, 64, 16, torch.float32)
     batch.fused *= 100  # scores in the hundreds, whose float32 errors the exponential shows
     assert_near_reference(batch, tolerance=1e-4)
-    batch.k[:] = 1.0
+    batch.cache[0][:] = batch.reference_cache[0][:] = 1.0
     assert_near_reference(batch)
 
 

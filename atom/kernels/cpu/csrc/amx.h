@@ -24,25 +24,22 @@ inline bool has_tiles() {
   return granted;
 }
 
-struct StepAMX {
-  static constexpr int bytes = 64, a_bytes = 4;
-};
-
-// Tiles 0..3 hold C, 4 and 5 rows of A, 6 and 7 panels of B.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
+  void set(int tile, int count, int bytes = 64) { rows[tile] = count, row_bytes[tile] = count ? bytes : 0; }
+  // Tiles 0..3 hold C, 4 and 5 rows of A, 6 and 7 panels of B.
   TileShapes(int first, int second) {
     const int of[8] = {first, first, second, second, first, second, 16, 16};
-    for (int i = 0; i < 8; ++i) rows[i] = of[i], row_bytes[i] = of[i] ? 64 : 0;
+    for (int i = 0; i < 8; ++i) set(i, of[i]);
   }
 };
 
 // The registers, configured as long as this lives. Intrinsics don't tell the compiler that they touch memory.
 class TileRegisters {
  public:
-  TileRegisters(int first, int second) : shapes_(first, second) {
+  explicit TileRegisters(const TileShapes& shapes) : shapes_(shapes) {
     barrier();
     _tile_loadconfig(&shapes_);
   }
@@ -50,8 +47,9 @@ class TileRegisters {
     _tile_release();
     barrier();
   }
-  void reshape(int first, int second) {
-    shapes_ = TileShapes(first, second);
+  void reshape(const TileShapes& shapes) {
+    shapes_ = shapes;
+    barrier();
     _tile_loadconfig(&shapes_);
   }
   ATOM_INLINE static void barrier() { asm volatile("" ::: "memory"); }
@@ -60,13 +58,15 @@ class TileRegisters {
   TileShapes shapes_;
 };
 
-// C[R * 16, P * 16] (+)= A * B for one or two tiles of rows and one or two panels; every K tile fetches `lines` cache
-// lines from `fetch` on.
+// C[R * 16, P * 16] (+)= A * B for one or two tiles of rows and one or two panels; the second tile begins `second` rows
+// after the first. Every K tile fetches `lines` cache lines from t.prefetch on. A stays in the L1 cache, as B is read
+// past it.
 template <int R, int P>
-ATOM_INLINE void tile_product(const Tile& t, const char* a, const char* b, float* c, const char* fetch, int lines) {
-  const int64_t c_bytes = t.c_stride * 4;
-  const char* a1 = a + 16 * t.a_stride;
-  float* c1 = c + 16 * t.c_stride;
+__attribute__((noinline)) void tile_product(const Tile& t, int64_t second, int lines) {
+  const int64_t c_bytes = t.c_stride * 4, a_stride = t.a_stride;
+  const char *a = t.a, *b = t.b, *fetch = t.prefetch, *a1 = a + second * a_stride, *b1 = b + t.panel_bytes;
+  float *c = t.c, *c1 = c + 16 * t.c_stride;
+  TileRegisters::barrier();
   if (t.accumulate) {
     _tile_loadd(0, c, c_bytes);
     if constexpr (P == 2) _tile_loadd(1, c + 16, c_bytes);
@@ -79,75 +79,46 @@ ATOM_INLINE void tile_product(const Tile& t, const char* a, const char* b, float
     if constexpr (R == 2 && P == 2) _tile_zero(3);
   }
   for (int64_t s = 0; s < t.steps; s += kStepsOfTile) {
-    _tile_loadd(6, b, 64);
-    _tile_loadd(4, a, t.a_stride);
+    _tile_stream_loadd(6, b, 64);
+    _tile_loadd(4, a, a_stride);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (R == 2) {
-      _tile_loadd(5, a1, t.a_stride);
+      _tile_loadd(5, a1, a_stride);
       _tile_dpbf16ps(2, 5, 6);
     }
     for (int i = 0; i < lines; ++i, fetch += 64) __builtin_prefetch(fetch, 0, 2);
     if constexpr (P == 2) {
-      _tile_loadd(7, b + t.panel_bytes, 64);
+      _tile_stream_loadd(7, b1, 64);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (R == 2) _tile_dpbf16ps(3, 5, 7);
     }
-    a += 64, a1 += 64, b += 1024;
+    a += 64, a1 += 64, b += 1024, b1 += 1024;
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (P == 2) _tile_stored(1, c + 16, c_bytes);
   if constexpr (R == 2) _tile_stored(2, c1, c_bytes);
   if constexpr (R == 2 && P == 2) _tile_stored(3, c1 + 16, c_bytes);
-}
-
-// The same where the numbers of row tiles and panels, one or two each, are known only now.
-ATOM_INLINE void tile_product(bool two_rows, bool two_panels, const Tile& t, const char* a, const char* b, float* c,
-                              const char* fetch, int lines) {
-  if (two_panels) two_rows ? tile_product<2, 2>(t, a, b, c, fetch, lines) : tile_product<1, 2>(t, a, b, c, fetch, lines);
-  else two_rows ? tile_product<2, 1>(t, a, b, c, fetch, lines) : tile_product<1, 1>(t, a, b, c, fetch, lines);
-}
-
-// `multiply` of micro.h, with registers configured for 16 rows: A and C must have room for rows rounded up to 16.
-template <>
-ATOM_INLINE void multiply<StepAMX>(Tile t, int64_t rows, int64_t panels) {
-  TileRegisters::barrier();
-  for (int64_t row = 0; row < rows; row += 32)
-    for (int64_t p = 0; p < panels; p += 2)
-      tile_product(rows - row > 16, panels - p > 1, t, t.a + row * t.a_stride, t.b + p * t.panel_bytes,
-                   t.c + row * t.c_stride + p * 16, nullptr, 0);
   TileRegisters::barrier();
 }
 
-// `multiply_streaming` of micro.h.
-template <>
-ATOM_INLINE void multiply_streaming<StepAMX>(Tile t, int64_t rows, int64_t panels, const char* next) {
-  if (rows <= 16) {
-    // Reading the weights is what takes the time: one sequential stream.
-    const TileRegisters registers(rows, 0);
-    for (int64_t p = 0; p < panels; ++p) {
-      const char* b = t.b + p * t.panel_bytes;
-      tile_product<1, 1>(t, t.a, b, t.c + p * 16, b + 4 * kAheadBytes, 16);
-    }
-    return;
+// The registers of a thread that multiplies rows, and how these are cut into tiles. All have one height, since a change
+// of shape takes as long as a sixth of a product: the last tile may begin with rows of the one before it.
+class RowTiles {
+ public:
+  void take(int64_t rows) {
+    rows_ = rows;
+    const int64_t height = std::min<int64_t>(rows, 16);
+    if (height != height_) registers_.reshape({int(height), int(height)});
+    height_ = height;
   }
-  const int64_t blocks = (rows + 31) / 32, lines = (32 + blocks - 1) / blocks;
-  int64_t shape = std::min<int64_t>(rows, 32);
-  TileRegisters registers(16, shape - 16);
-  for (int64_t p = 0; p < panels; p += 2) {
-    const char* b = t.b + p * t.panel_bytes;
-    const char* fetch = p + 2 < panels ? b + 2 * t.panel_bytes : next;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t row = block * 32, count = std::min<int64_t>(rows - row, 32);
-      if (shape != count) {
-        registers.reshape(std::min<int64_t>(count, 16), std::max<int64_t>(count - 16, 0));
-        shape = count;
-      }
-      const bool whole = count > 16 && panels - p > 1;  // the others are few: they fetch nothing
-      tile_product(count > 16, panels - p > 1, t, t.a + row * t.a_stride, b, t.c + row * t.c_stride + p * 16,
-                   fetch + block * lines * 64 * (t.steps / 16), whole ? lines : 0);
-    }
-  }
-}
+  int64_t count() const { return (rows_ + 15) / 16; }
+  int64_t height() const { return height_; }
+  int64_t first(int64_t tile) const { return std::min(tile * 16, rows_ - height_); }
+
+ private:
+  int64_t rows_ = 0, height_ = 16;
+  TileRegisters registers_{TileShapes(16, 16)};
+};
 #else
 inline bool has_tiles() { return false; }
 #endif

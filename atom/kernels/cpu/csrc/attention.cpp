@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "amx.h"
+#include "attention_tiles.h"
 #include "micro.h"
 
 namespace atom {
@@ -17,34 +17,37 @@ namespace {
 constexpr int64_t kTile = 64, kSplit = 128, kTileRows = 64;
 constexpr int kFewRows = 8;  // a decode has few rows and reads each key once
 
-struct NoRegisters {
-  NoRegisters() {}
-};
-// How the products are computed: on floats, or on bf16 pairs where the machine has the instruction, or tiles for them.
-// Rows, steps and panels are rounded up to what the products take at once.
+// How the products are computed: on floats, on bf16 pairs where the machine has the instruction, or by tiles of them.
 struct OnFloat {
-  using Registers = NoRegisters;
   using Step = StepF32;
   using Element = float;
-  static constexpr int64_t width = 1, rows = 1, steps = 1, panels = 1;
-  static constexpr bool tiles = false;
+  static constexpr int64_t width = 1, rows = 1;  // values a step; what numbers of rows are rounded up to
+  static constexpr bool tiles = false;           // whether the cache is tiled
+  struct Registers {
+    Registers() {}
+    void take(int64_t) {}  // that many rows from now on
+  };
 };
-struct OnBF16 {
-  using Registers = NoRegisters;
+struct OnBF16 : OnFloat {
   using Step = StepBF16;
   using Element = bf16;
-  static constexpr int64_t width = 2, rows = 1, steps = 1, panels = 1;
-  static constexpr bool tiles = false;
+  static constexpr int64_t width = 2;
 };
 #if defined(ATOM_AMX)
-struct OnTiles {
-  struct Registers : TileRegisters {
-    Registers() : TileRegisters(16, 16) {}
-  };
-  using Step = StepAMX;
-  using Element = bf16;
-  static constexpr int64_t width = 2, rows = 16, steps = kStepsOfTile, panels = 2;
+struct OnTiles : OnBF16 {
+  static constexpr int64_t rows = 16;
   static constexpr bool tiles = true;
+  class Registers {
+   public:
+    void take(int64_t rows) {  // in tiles
+      const int count = int(std::min<int64_t>(rows, 16));
+      if (count != rows_) tiles_.reshape(attention_shapes(rows_ = count));
+    }
+
+   private:
+    int rows_ = 16;
+    TileRegisters tiles_{attention_shapes(16)};
+  };
 };
 #endif
 
@@ -103,18 +106,6 @@ ATOM_INLINE void transpose16(__m512i* r) {
 #endif
 
 #if defined(ATOM_BF16_DOT)
-// The first n of 32 values as bf16, exactly.
-ATOM_INLINE __m512i load32(const bf16* p, int64_t n) {
-  if (n >= 32) return _mm512_loadu_si512(p);
-  return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
-}
-ATOM_INLINE __m512i load32(const f8* p, int64_t n) {
-  const F16x low = load_some(p, n), high = load_some(p + 16, n - 16);
-  return (__m512i)_mm512_cvtne2ps_pbh((__m512)high.r[0], (__m512)low.r[0]);
-}
-#endif
-
-#if defined(ATOM_BF16_DOT)
 // Permutation of two vectors that pairs the first 16 values of one with those of the other.
 ATOM_INLINE __m512i interleave_low() {
   alignas(64) static const uint16_t index[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -123,9 +114,9 @@ ATOM_INLINE __m512i interleave_low() {
 }
 #endif
 
-// 16 keys -> [steps][16][width]. `next` are rows to fetch meanwhile, with tiles.
+// 16 keys -> [steps][16][width].
 template <class On, class C>
-void pack_keys(const C* const* keys, const C* const* next, int64_t dim, int64_t steps, char* out) {
+void pack_keys(const C* const* keys, int64_t dim, int64_t steps, char* out) {
 #if defined(ATOM_AVX512)
   for (int64_t s = 0; s < steps; s += 16) {
     const int64_t at = s * On::width, left = dim - at;
@@ -135,7 +126,6 @@ void pack_keys(const C* const* keys, const C* const* next, int64_t dim, int64_t 
 #if defined(ATOM_BF16_DOT)
       if constexpr (On::width == 2) r[j] = load32(keys[j] + at, left);
 #endif
-      if constexpr (On::tiles) __builtin_prefetch(next[j] + at, 0, 2);
       if constexpr (std::is_same_v<On, OnFloat>) r[j] = (__m512i)load_some(keys[j] + at, left).r[0];
     }
     transpose16(r);
@@ -157,17 +147,13 @@ void pack_keys(const C* const* keys, const C* const* next, int64_t dim, int64_t 
 
 // keys rows -> panels of 16 columns [keys / width][16][width], panel_bytes apart.
 template <class On, class C>
-void pack_values(const C* const* rows, const C* const* next, int64_t keys, int64_t dim, int64_t panel_bytes, char* out) {
+void pack_values(const C* const* rows, int64_t keys, int64_t dim, int64_t panel_bytes, char* out) {
 #if defined(ATOM_BF16_DOT)
   if constexpr (On::width == 2) {
     const __m512i low = interleave_low(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t k = 0; k < keys; k += 2) {
       for (int64_t c = 0; c < dim; c += 32) {
         const __m512i a = load32(rows[k] + c, dim - c), b = load32(rows[k + 1] + c, dim - c);
-        if constexpr (On::tiles) {
-          __builtin_prefetch(next[k] + c, 0, 2);
-          __builtin_prefetch(next[k + 1] + c, 0, 2);
-        }
         char* to = out + c / 16 * panel_bytes + k * 32;
         _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
         if (dim - c > 16) _mm512_storeu_si512(to + panel_bytes, _mm512_permutex2var_epi16(a, high, b));
@@ -182,29 +168,6 @@ void pack_values(const C* const* rows, const C* const* next, int64_t keys, int64
         store16((float*)(out + c / 16 * panel_bytes) + k * 16, load_some(rows[k] + c, dim - c));
   }
 }
-
-#if defined(ATOM_AMX)
-// Scores [16 keys][16 rows] -> the first `rows` rows of 16 keys, kTile apart.
-ATOM_INLINE void turn_scores(const float* turned, int64_t rows, float* scores) {
-  for (int64_t r = 0; r < rows; r += 4) {
-    __m512 key[4];  // each four keys apart, by four rows
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const float* at = turned + j * 16 + r;
-      key[j] = _mm512_castps128_ps512(_mm_load_ps(at));
-      key[j] = _mm512_insertf32x4(key[j], _mm_load_ps(at + 64), 1);
-      key[j] = _mm512_insertf32x4(key[j], _mm_load_ps(at + 128), 2);
-      key[j] = _mm512_insertf32x4(key[j], _mm_load_ps(at + 192), 3);
-    }
-    const __m512d a = (__m512d)_mm512_unpacklo_ps(key[0], key[1]), b = (__m512d)_mm512_unpackhi_ps(key[0], key[1]);
-    const __m512d c = (__m512d)_mm512_unpacklo_ps(key[2], key[3]), d = (__m512d)_mm512_unpackhi_ps(key[2], key[3]);
-    _mm512_storeu_ps(scores + r * kTile, (__m512)_mm512_unpacklo_pd(a, c));
-    if (r + 1 < rows) _mm512_storeu_ps(scores + (r + 1) * kTile, (__m512)_mm512_unpackhi_pd(a, c));
-    if (r + 2 < rows) _mm512_storeu_ps(scores + (r + 2) * kTile, (__m512)_mm512_unpacklo_pd(b, d));
-    if (r + 3 < rows) _mm512_storeu_ps(scores + (r + 3) * kTile, (__m512)_mm512_unpackhi_pd(b, d));
-  }
-}
-#endif
 
 #if defined(ATOM_BF16_DOT)
 // For a few rows (a decode) packing costs more than the products: the same sums straight from the cache's rows.
@@ -298,7 +261,8 @@ void merge(const State& total, const State& part, int64_t rows, int64_t width) {
   }
 }
 
-// Where a tile's keys and values lie, for head 0; keys [begin, end) of it are there. `head` is the work's first.
+// Where a tile's keys and values lie, for head 0: each, or in a tiled cache each group of 16. Keys [begin, end) of it
+// are there. `head` is the work's first.
 template <class C>
 struct TileRows {
   int64_t begin = 0, end = 0, head = 0;
@@ -313,7 +277,7 @@ class Attention {
   Attention(const AttentionArgs& args) : args_(args) {
     group_ = args.heads / args.kv_heads;
     width_ = round_up(args.dim, 16);
-    steps_ = round_up((args.dim + On::width - 1) / On::width, On::steps);
+    steps_ = (args.dim + On::width - 1) / On::width;
     log2_scale_ = args.scale * 1.44269504088896341f;
   }
 
@@ -355,11 +319,12 @@ class Attention {
     std::atomic<int64_t> next{0};
     if (parts.empty()) {
       team(threads, [&](int) {
-        const Registers registers;
+        Registers registers;
         // Known one ahead, so that its first keys can be fetched early.
         int64_t i = next.fetch_add(1, std::memory_order_relaxed);
         while (i < count) {
           const int64_t then = next.fetch_add(1, std::memory_order_relaxed);
+          registers.take(items_[i].tokens * group_);
           whole(items_[i], then < count ? items_ + then : nullptr);
           i = then;
         }
@@ -372,9 +337,10 @@ class Attention {
     const Part* first_part = parts.data();
     std::atomic<int64_t> next_merge{0};
     team(threads, [&](int) {
-      const Registers registers;
+      Registers registers;
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
         const Part& part = first_part[i];
+        registers.take(part.work->tokens * group_);
         const Buffers buffers(*this);
         load_query(*part.work, part.work->head, buffers.query);
         split(*part.work, part.index, buffers, partials + part.partial * floats, nullptr);
@@ -416,8 +382,6 @@ class Attention {
     return {std::min(end, first_seen(position(w.request, w.first))), end};
   }
   bool few(int64_t tokens) const { return tokens * group_ <= kFewRows; }
-  // Whether keys are multiplied as they lie, by queries that lie across: the same sums as those of packed keys.
-  bool across(int64_t tokens) const { return On::tiles && tokens * group_ <= 16 && args_.dim % 32 == 0; }
   int64_t query_bytes() const { return round_up(max_rows_ * steps_ * 4, 64); }
   int64_t state_floats() const { return State::floats(max_rows_, width_); }
 
@@ -450,17 +414,12 @@ class Attention {
     memset(state.values, 0, rows * width_ * sizeof(float));
   }
 
-  // Rows of pairs, or [steps][16 rows] of them across.
   void load_query(const Work& w, int64_t head, char* query) const {
     for (int64_t t = 0; t < w.tokens; ++t) {
       const int64_t token = args_.query_start[w.request] + w.first + t;
       for (int64_t g = 0; g < group_; ++g) {
         const Q* from = (const Q*)args_.query + token * args_.q_token_stride +
                         (head * group_ + g) * args_.q_head_stride;
-        if (across(w.tokens)) {
-          for (int64_t s = 0; s < steps_; ++s) memcpy(query + (s * 16 + t * group_ + g) * 4, from + s * 2, 4);
-          continue;
-        }
         auto* to = (typename On::Element*)(query + (t * group_ + g) * steps_ * 4);
         if constexpr (std::is_same_v<Q, typename On::Element>) {
           memcpy((void*)to, from, args_.dim * sizeof(Q));
@@ -518,7 +477,14 @@ class Attention {
     const int32_t* blocks = args_.block_table + w.request * args_.block_table_stride;
     const int64_t begin = std::max(start, keys.begin), end = std::min(start + kTile, keys.end);
     const int64_t size = args_.block_size;
-    for (int64_t at = begin; at < end;) {  // runs of keys in one block
+    if constexpr (On::tiles) {
+      for (int64_t at = begin / kGroupSlots * kGroupSlots; at < end; at += kGroupSlots) {
+        const int64_t block = blocks[at / size], group = (at - start) / kGroupSlots;
+        const int64_t offset = group_offset(at % size, 0, args_.kv_heads, args_.dim);
+        rows.key[group] = (const C*)args_.k.data + block * args_.k.block_stride + offset;
+        rows.value[group] = (const C*)args_.v.data + block * args_.v.block_stride + offset;
+      }
+    } else for (int64_t at = begin; at < end;) {  // runs of keys in one block
       const int64_t block = blocks[at / size], offset = at % size, count = std::min(end - at, size - offset);
       const C* key = (const C*)args_.k.data + block * args_.k.block_stride + offset * args_.k.slot_stride;
       const C* value = (const C*)args_.v.data + block * args_.v.block_stride + offset * args_.v.slot_stride;
@@ -563,15 +529,20 @@ class Attention {
   // The share of the work's head h in the tile that starts at key `start`; the next tile's rows are fetched meanwhile.
   void tile(const Work& w, int64_t h, int64_t start, const TileRows<C>& rows_now, const TileRows<C>& rows_next,
             const Buffers& buffers, const char* query, const State& state) const {
-    const int64_t rows = w.tokens * group_, panels = round_up((rows_now.end + 15) / 16, On::panels);
+    const int64_t rows = w.tokens * group_, panels = (rows_now.end + 15) / 16;
     const int64_t head = w.head + h;
-    const C *keys[kTile], *values[kTile];
     alignas(64) float key_scale[kTile], value_scale[kTile];
-    head_rows(rows_now, head, panels, buffers.zeros, keys, values);
     if (args_.k.scale) {
       scales(w, args_.k, head, start, rows_now, key_scale);
       scales(w, args_.v, head, start, rows_now, value_scale);
     }
+    const auto weigh = [&] { softmax(w, start, panels, buffers, state, key_scale, value_scale); };
+#if defined(ATOM_AMX)
+    if constexpr (On::tiles)
+      return groups(rows, head, rows_now, rows_next, rows_next.head + h, buffers, query, state, weigh);
+#endif
+    const C *keys[kTile], *values[kTile];
+    head_rows(rows_now, head, panels, buffers.zeros, keys, values);
 #if defined(ATOM_BF16_DOT)
     if constexpr (std::is_same_v<On, OnBF16>) {
       if (few(w.tokens)) {
@@ -580,7 +551,7 @@ class Attention {
         with_constant<kFewRows>(rows, [&](auto r) {
           few_scores<C, r()>(keys, next_keys, panels, args_.dim, query, buffers.scores);
         });
-        softmax(w, start, panels, buffers, state, key_scale, value_scale);
+        weigh();
         with_constant<kFewRows>(rows, [&](auto r) {
           few_values<C, r()>(values, next_values, panels * 16, args_.dim, buffers.probabilities, state.values, width_);
         });
@@ -589,55 +560,62 @@ class Attention {
     }
 #endif
     const int64_t key_panel = steps_ * 64, value_panel = kTile * 4 * 16 / On::width;
-    const C *next_keys[kTile], *next_values[kTile];
-    if constexpr (On::tiles)
-      head_rows(rows_next, rows_next.head + h, kTile / 16, buffers.zeros, next_keys, next_values);
-    if (across(w.tokens)) {
-      for (int64_t p = 0; p < panels; ++p)
-        scores_across(rows_now, keys, next_keys, head, p, rows, query, buffers);
-    } else {
-      for (int64_t p = 0; p < panels; ++p)
-        pack_keys<On>(keys + p * 16, next_keys + p * 16, args_.dim, steps_, buffers.keys + p * key_panel);
-    }
-    pack_values<On>(values, next_values, panels * 16, args_.dim, value_panel, buffers.values);
-    fetch(rows_next, rows_next.head + h, On::tiles ? panels * 16 : 0);
-    if (!across(w.tokens))
-      multiply<typename On::Step>({steps_, query, steps_ * 4, buffers.keys, key_panel, buffers.scores, kTile,
-                                   false, nullptr}, rows, panels);
-    softmax(w, start, panels, buffers, state, key_scale, value_scale);
+    for (int64_t p = 0; p < panels; ++p)
+      pack_keys<On>(keys + p * 16, args_.dim, steps_, buffers.keys + p * key_panel);
+    pack_values<On>(values, panels * 16, args_.dim, value_panel, buffers.values);
+    fetch(rows_next, rows_next.head + h, 0);
+    multiply<typename On::Step>({steps_, query, steps_ * 4, buffers.keys, key_panel, buffers.scores, kTile, false,
+                                 nullptr}, rows, panels);
+    weigh();
     multiply<typename On::Step>({panels * 16 / On::width, (const char*)buffers.probabilities,
                                  kTile * (int64_t)sizeof(typename On::Element), buffers.values, value_panel,
                                  state.values, width_, true, nullptr}, rows, width_ / 16);
   }
 
-  // Scores of the 16 keys of panel p. Keys that are not there get any score: nobody sees them.
-  void scores_across(const TileRows<C>& now, const C* const* keys, const C* const* next, int64_t head, int64_t p,
-                     int64_t rows, const char* query, const Buffers& buffers) const {
 #if defined(ATOM_AMX)
-    if constexpr (On::tiles) {
-      alignas(64) float turned[256];
-      const int64_t first = std::max(now.begin, p * 16);
-      const char* at = buffers.keys;
-      int64_t stride = args_.dim * 2;
-      if (first >= std::min(now.end, p * 16 + 16)) {
-        memset(turned, 0, sizeof turned);
-      } else {
-        if (std::is_same_v<C, bf16> && args_.block_size % 16 == 0) {  // all of them in one block
-          stride = args_.k.slot_stride * 2;
-          at = (const char*)keys[first] - (first - p * 16) * stride;
-        } else {
-          for (int64_t j = 0; j < 16; ++j)
-            for (int64_t c = 0; c < args_.dim; c += 32)
-              _mm512_storeu_si512(buffers.keys + j * stride + c * 2, load32(keys[p * 16 + j] + c, 32));
-        }
-        multiply<StepAMX>({steps_, at, stride, query, 0, turned, 16, false, nullptr}, 16, 1);
-      }
-      for (int64_t j = 0; j < 16; ++j)
-        for (int64_t c = 0; c < args_.dim; c += 64 / (int64_t)sizeof(C)) __builtin_prefetch(next[p * 16 + j] + c, 0, 2);
-      turn_scores(turned, rows, buffers.scores + p * 16);
+  // The same over the groups of a tiled cache.
+  template <class F>
+  ATOM_INLINE void groups(int64_t rows, int64_t head, const TileRows<C>& now, const TileRows<C>& next,
+                          int64_t next_head, const Buffers& buffers, const char* query, const State& state,
+                          F&& weigh) const {
+    constexpr int64_t kGroups = kTile / kGroupSlots;
+    const int64_t size = kGroupSlots * args_.dim, bytes = size * 2, lines = 16 * sizeof(C) / 2;
+    const int64_t first = now.begin / kGroupSlots, last = (now.end + kGroupSlots - 1) / kGroupSlots;
+    const char *keys[kGroups], *values[kGroups], *next_keys[kGroups], *next_values[kGroups];
+    for (int64_t g = 0; g < kGroups; ++g) {
+      const bool fetched = g * kGroupSlots < next.end && (g + 1) * kGroupSlots > next.begin;
+      next_keys[g] = fetched ? (const char*)(next.key[g] + next_head * size) : buffers.zeros;
+      next_values[g] = fetched ? (const char*)(next.value[g] + next_head * size) : buffers.zeros;
     }
-#endif
+    for (int64_t g = first; g < last; ++g) {
+      keys[g] = (const char*)(now.key[g] + head * size);
+      values[g] = (const char*)(now.value[g] + head * size);
+      if constexpr (!std::is_same_v<C, bf16>) {
+        widen((const C*)keys[g], size, buffers.keys + g * bytes);
+        widen((const C*)values[g], size, buffers.values + g * bytes);
+        keys[g] = buffers.keys + g * bytes;
+        values[g] = buffers.values + g * bytes;
+      }
+      const int64_t from = now.begin - g * kGroupSlots, to = now.end - g * kGroupSlots;
+      if (from > 0 || to < kGroupSlots) {
+        clean_values(values[g], from, to, args_.dim, buffers.values + g * bytes);
+        values[g] = buffers.values + g * bytes;
+      }
+    }
+    for (int64_t r = 0; r < rows; r += 16)
+      tile_scores(query + r * args_.dim * 2, args_.dim, keys, first, last, buffers.scores + r * kTile, kTile,
+                  {next_keys, r ? 0 : int(lines)});
+    weigh();
+    for (int64_t r = 0; r < rows; r += 16)
+      tile_values((const char*)(buffers.probabilities + r * kTile), kTile, values, first, last,
+                  state.values + r * width_, args_.dim, {next_values, r ? 0 : int(lines / 2)});
+    for (int64_t g = 0; g < kGroups; ++g)  // what the tile's own groups left
+      for (int64_t at = 0; (g < first || g >= last) && at < size * (int64_t)sizeof(C); at += 64) {
+        __builtin_prefetch(next_keys[g] + at, 0, 2);
+        __builtin_prefetch(next_values[g] + at, 0, 2);
+      }
   }
+#endif
 
   void softmax(const Work& w, int64_t start, int64_t panels, const Buffers& buffers, const State& state,
                const float* key_scale, const float* value_scale) const {
@@ -728,7 +706,7 @@ void paged_attention(const AttentionArgs& args, int threads) {
     scaled ? attend<OnFloat, f16, f8>(args, threads) : attend<OnFloat, f16, f16>(args, threads);
   } else {
 #if defined(ATOM_AMX)
-    if (has_tiles())
+    if (is_tiled(args.type, args.k, args.block_size, args.kv_heads, args.dim))
       return scaled ? attend<OnTiles, bf16, f8>(args, threads) : attend<OnTiles, bf16, bf16>(args, threads);
 #endif
 #if defined(ATOM_BF16_DOT)

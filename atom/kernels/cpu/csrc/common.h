@@ -248,7 +248,31 @@ ATOM_INLINE F16x exp2(F16x x) {
   }
   return o;
 }
-ATOM_INLINE F16x silu(F16x x) { return x / (splat(1.0f) + exp2(x * splat(-1.44269504088896341f))); }
+ATOM_INLINE F16x silu(F16x x) {
+#if defined(ATOM_AVX512)
+  // A division takes 16 cycles: an estimate and one step of Newton's, for which the divisor must be finite.
+  const __m512 v = (__m512)x.r[0];
+  const __m512 power = _mm512_min_ps(_mm512_set1_ps(100.0f), _mm512_mul_ps(v, _mm512_set1_ps(-1.44269504088896341f)));
+  const __m512 divisor = _mm512_add_ps(_mm512_set1_ps(1.0f), (__m512)exp2(F16x{(RegF)power}).r[0]);
+  const __m512 guess = _mm512_rcp14_ps(divisor);
+  const __m512 exact = _mm512_mul_ps(guess, _mm512_fnmadd_ps(divisor, guess, _mm512_set1_ps(2.0f)));
+  return {(RegF)_mm512_mul_ps(v, exact)};
+#else
+  return x / (splat(1.0f) + exp2(x * splat(-1.44269504088896341f)));
+#endif
+}
+
+#if defined(ATOM_BF16_DOT)
+// The first n of 32 values as bf16, exactly.
+ATOM_INLINE __m512i load32(const bf16* p, int64_t n) {
+  if (n >= 32) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+}
+ATOM_INLINE __m512i load32(const f8* p, int64_t n) {
+  const F16x low = load_some(p, n), high = load_some(p + 16, n - 16);
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)high.r[0], (__m512)low.r[0]);
+}
+#endif
 
 // A buffer that grows and is kept; one a thread and place of use (`static thread_local Scratch`).
 class Scratch {

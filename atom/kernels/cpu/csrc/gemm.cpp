@@ -32,10 +32,11 @@ void pack_panel(const T* weight, int64_t first, int64_t rows, int64_t k, int64_t
 
 // Adds the bias or applies silu(gate) * up to a tile of float results, and stores it in the output's type.
 template <class Out>
-void epilogue(const LinearArgs& args, const float* tile, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+void finish(const LinearArgs& args, const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t panel,
+            int64_t panels) {
   for (int64_t i = 0; i < rows; ++i) {
     Out* out = (Out*)args.out + (row + i) * args.n;
-    const float* in = tile + i * kGroup * kPanel;
+    const float* in = tile + i * stride;
     if (args.paired) {
       for (int64_t p = 0; p < panels; p += 2) {
         const int64_t col = (panel + p) / 2 * kPanel;
@@ -53,6 +54,13 @@ void epilogue(const LinearArgs& args, const float* tile, int64_t row, int64_t ro
       store_some(out + col, v, args.n - col);
     }
   }
+}
+
+void epilogue(const LinearArgs& args, const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t panel,
+              int64_t panels) {
+  if (args.out_type == DType::f32) finish<float>(args, tile, stride, row, rows, panel, panels);
+  else if (args.out_type == DType::bf16) finish<bf16>(args, tile, stride, row, rows, panel, panels);
+  else finish<f16>(args, tile, stride, row, rows, panel, panels);
 }
 
 struct Operand {
@@ -89,12 +97,70 @@ void linear_block(const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int
                                                    : packed + (p + kGroup) * panel_bytes;
         multiply_streaming<Step>(t, rows, panels, next);
       }
-      if (args.out_type == DType::f32) epilogue<float>(args, tile, row, rows, p, panels);
-      else if (args.out_type == DType::bf16) epilogue<bf16>(args, tile, row, rows, p, panels);
-      else epilogue<f16>(args, tile, row, rows, p, panels);
+      epilogue(args, tile, kGroup * kPanel, row, rows, p, panels);
     }
   }
 }
+
+#if defined(ATOM_AMX)
+constexpr int64_t kTilesGroup = 8;  // panels at most
+
+// For one tile of rows, reading the weights is what takes the time: one sequential stream.
+void one_tile(Tile t, int64_t panels) {
+  for (int64_t p = 0; p < panels; ++p, t.b += t.panel_bytes, t.c += kPanel) {
+    t.prefetch = t.b + 4 * kAheadBytes;
+    tile_product<1, 1>(t, 0, 16);
+  }
+}
+
+// The same by tile registers: two tiles of rows stay in the L1 cache while they meet the panels of a group.
+void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  static thread_local Scratch scratch;
+  const int64_t steps = ksteps(args.type, args.k), panel_bytes = steps * 64;
+  const int64_t block_steps = std::min(steps, kBlockSteps), most = std::min(kTilesGroup, p1 - p0);
+  constexpr int64_t kStride = 2 * kPanel, kResult = 32 * kStride;  // floats of two tiles of rows and two panels
+  const int64_t results = block_steps == steps ? 1 : kMaxBlockRows / 32 * kTilesGroup / 2;
+  float* result = (float*)scratch.get(results * kResult * sizeof(float));
+  for (int64_t row = m0; row < m1; row += kMaxBlockRows) {
+    tiles.take(std::min(kMaxBlockRows, m1 - row));
+    const int64_t blocks = (tiles.count() + 1) / 2, lines = (32 + blocks - 1) / blocks;
+    for (int64_t group = p0; group < p1; group += most) {
+      const int64_t end = std::min(group + most, p1);
+      for (int64_t s = 0; s < steps; s += block_steps) {
+        const bool last = s + block_steps >= steps;
+        const int64_t next = last ? most * panel_bytes - s * 64 : block_steps * 64;  // what is needed after this
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t first = row + tiles.first(2 * block), second = row + tiles.first(2 * block + 1) - first;
+          const bool two = 2 * block + 1 < tiles.count();
+          for (int64_t p = group; p < end; p += 2) {
+            Tile t;
+            t.steps = std::min(block_steps, steps - s);
+            t.a = a.data + first * a.stride + s * 4;
+            t.a_stride = a.stride;
+            t.b = (const char*)args.packed + p * panel_bytes + s * 64;
+            t.panel_bytes = panel_bytes;
+            t.c = result + (results == 1 ? 0 : block * kTilesGroup / 2 + (p - group) / 2) * kResult;
+            t.c_stride = kStride;
+            t.accumulate = s > 0;
+            t.prefetch = t.b + next + block * lines * t.steps * 4;
+            const int64_t panels = std::min<int64_t>(2, end - p);
+            if (tiles.count() == 1) {
+              one_tile(t, panels);
+            } else if (panels == 2) {
+              two ? tile_product<2, 2>(t, second, int(lines)) : tile_product<1, 2>(t, 0, int(lines));
+            } else {
+              two ? tile_product<2, 1>(t, second, 0) : tile_product<1, 1>(t, 0, 0);
+            }
+            if (!last) continue;
+            epilogue(args, t.c, kStride, first, tiles.height(), p, panels);
+            if (two) epilogue(args, t.c + 16 * kStride, kStride, first + second, 16, p, panels);
+          }
+        }
+      }
+    }
+  }
+}
+#endif
 
 // Rows of A as the register tiles read them: as they are where possible.
 Operand operand(const LinearArgs& args, Scratch& scratch, bool& convert) {
@@ -176,26 +242,32 @@ void linear(const LinearArgs& args, int threads) {
     for_rows(args.m, args.k, threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) convert_row(args, i, (char*)a.data + i * a.stride);
     });
+  const auto columns_of = [&](int part) { return share(columns, part / best_rows, threads / best_rows); };
 #if defined(ATOM_AMX)
-  // Tiles would wait for the rows if every few columns read all of them: of many rows, each thread takes its own.
-  if (args.type == DType::bf16 && has_tiles() && args.m >= threads * kMaxBlockRows) {
-    const int64_t most = (args.m + threads - 1) / threads;  // a thread's, cut into equal blocks of whole tiles
-    const int64_t size = (most / ((most + kMaxBlockRows - 1) / kMaxBlockRows) + 31) / 32 * 32;
-    shares(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
-           [&](int, int64_t begin, int64_t end) {
-             linear_block<StepAMX>(args, a, begin * size, std::min(args.m, end * size), 0, columns * unit);
-           });
+  if (args.type == DType::bf16 && has_tiles()) {
+    // Tiles would wait for the rows if every few columns read all of them: of many rows, each thread takes its own.
+    if (args.m >= threads * kMaxBlockRows) {
+      const int64_t most = (args.m + threads - 1) / threads;  // a thread's, cut into equal blocks of whole tiles
+      const int64_t size = (most / ((most + kMaxBlockRows - 1) / kMaxBlockRows) + 31) / 32 * 32;
+      shares<RowTiles>(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
+                        [&](RowTiles& tiles, int, int64_t begin, int64_t end) {
+                          linear_tiles(tiles, args, a, begin * size, std::min(args.m, end * size), 0, columns * unit);
+                        });
+      return;
+    }
+    // Of few columns each thread takes few at a time, so that all end together.
+    const int64_t grain = columns * unit >= 64 * kTilesGroup * threads ? kTilesGroup : kGroup;
+    shares<RowTiles>(threads, grain / unit, columns_of,
+                      [&](RowTiles& tiles, int part, int64_t begin, int64_t end) {
+                        const Range m = share(args.m, part % best_rows, best_rows);
+                        linear_tiles(tiles, args, a, m.begin, m.end, begin * unit, end * unit);
+                      });
     return;
   }
 #endif
-  const auto columns_of = [&](int part) { return share(columns, part / best_rows, threads / best_rows); };
-  shares(threads, kGroup / unit, columns_of, [&](int part, int64_t begin, int64_t end) {
+  shares(threads, kGroup / unit, columns_of, [&](Nothing&, int part, int64_t begin, int64_t end) {
     const Range m = share(args.m, part % best_rows, best_rows);
     if (args.type == DType::f32) linear_block<StepF32>(args, a, m.begin, m.end, begin * unit, end * unit);
-#if defined(ATOM_AMX)
-    else if (args.type == DType::bf16 && has_tiles())
-      linear_block<StepAMX>(args, a, m.begin, m.end, begin * unit, end * unit);
-#endif
     else if (args.type == DType::bf16) linear_block<StepBF16>(args, a, m.begin, m.end, begin * unit, end * unit);
     else linear_block<StepF16>(args, a, m.begin, m.end, begin * unit, end * unit);
   });

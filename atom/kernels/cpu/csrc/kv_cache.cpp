@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common.h"
+#include "tiled_cache.h"
 
 namespace atom {
 namespace {
@@ -50,31 +51,46 @@ void store_scaled(const T* from, f8* to, float* scale, int64_t dim) {
 }  // namespace
 
 void store_kv(const StoreArgs& args, int threads) {
-  const int64_t bytes = element_size(args.type);
-  for_rows(args.tokens, args.heads * args.dim / 2, threads, [&](int64_t begin, int64_t end) {
+  const int64_t dim = args.dim, heads = args.heads;
+  bool tiled[2];
+  for (int which = 0; which < 2; ++which)
+    tiled[which] = is_tiled(args.type, args.cache[which], args.block_size, heads, dim);
+  const auto store = [&](auto tag, int64_t begin, int64_t end) {
+    using T = decltype(tag);
+    static thread_local Scratch scratch;
+    f8* scaled = (f8*)scratch.get(dim);
     for (int64_t token = begin; token < end; ++token) {
       const int64_t slot = args.slots[token];
       if (slot < 0) continue;
       const int64_t block = slot / args.block_size, offset = slot % args.block_size;
       for (int which = 0; which < 2; ++which) {
         const Cache& cache = args.cache[which];
-        const char* from = (const char*)args.source[which] + token * args.token_stride[which] * bytes;
-        const int64_t at = block * cache.block_stride + offset * cache.slot_stride;
-        for (int64_t h = 0; h < args.heads; ++h) {
-          const char* head = from + h * args.head_stride[which] * bytes;
-          const int64_t to = at + h * cache.head_stride;
-          if (cache.scale) {
-            float* scale = cache.scale + block * cache.scale_block_stride + offset * cache.scale_slot_stride +
-                           h * cache.scale_head_stride;
-            by_type(args.type, [&](auto tag) {
-              store_scaled((const decltype(tag)*)head, (f8*)cache.data + to, scale, args.dim);
-            });
-          } else {
-            memcpy((char*)cache.data + to * bytes, head, args.dim * bytes);
+        const T* from = (const T*)args.source[which] + token * args.token_stride[which];
+        const int64_t at = block * cache.block_stride;
+        for (int64_t h = 0; h < heads; ++h, from += args.head_stride[which]) {
+          const int64_t to = at + offset * cache.slot_stride + h * cache.head_stride;
+          const int64_t group = at + group_offset(offset, h, heads, dim);
+          const auto put = [&](const auto* values) {
+            auto* data = (std::decay_t<decltype(*values)>*)cache.data;
+            if (!tiled[which]) memcpy((void*)(data + to), values, dim * sizeof(*values));
+            else if (which == 0) put_key(values, data + group, offset % kGroupSlots, dim);
+            else put_value(values, data + group, offset % kGroupSlots, dim);
+          };
+          if (!cache.scale) {
+            put(from);
+            continue;
           }
+          store_scaled(from, scaled, cache.scale + block * cache.scale_block_stride +
+                       offset * cache.scale_slot_stride + h * cache.scale_head_stride, dim);
+          put(scaled);
         }
       }
     }
+  };
+  // A token's key in a tiled cache lies in many cache lines, which have to be read first.
+  const int64_t cost = heads * dim * (tiled[0] ? 8 : 1) / 2;
+  for_rows(args.tokens, cost, threads, [&](int64_t begin, int64_t end) {
+    by_type(args.type, [&](auto tag) { store(tag, begin, end); });
   });
 }
 

@@ -30,14 +30,20 @@ inline Range share(int64_t n, int64_t i, int64_t parts) { return {n * i / parts,
 
 constexpr int kMaxThreads = 256;
 
-// f(part, begin, end) over the ranges of all parts, at most `grain` at a time. Thread i begins with part i; who is
-// through with its own takes from the others'.
-template <class G, class F>
+// What a thread needs while it takes part, if anything.
+struct Nothing {
+  Nothing() {}
+};
+
+// f(own, part, begin, end) over the ranges of all parts, at most `grain` at a time; `own` is the thread's. Thread i
+// begins with part i; who is through with its own takes from the others'.
+template <class Own = Nothing, class G, class F>
 void shares(int parts, int64_t grain, G&& range_of, F&& f) {
   parts = std::min(parts, kMaxThreads);
   if (parts <= 1) {
+    Own own;
     const Range r = range_of(0);
-    if (r.begin < r.end) f(0, r.begin, r.end);
+    if (r.begin < r.end) f(own, 0, r.begin, r.end);
     return;
   }
   struct alignas(64) Part {
@@ -51,13 +57,14 @@ void shares(int parts, int64_t grain, G&& range_of, F&& f) {
     all[i].end = r.end;
   }
   team(parts, [&](int thread) {
+    Own own;
     for (int i = 0; i < parts; ++i) {
       const int part = thread + i < parts ? thread + i : thread + i - parts;
       Part& p = all[part];
       while (p.next.load(std::memory_order_relaxed) < p.end) {
         const int64_t begin = p.next.fetch_add(grain, std::memory_order_relaxed);
         if (begin >= p.end) break;
-        f(part, begin, std::min(begin + grain, p.end));
+        f(own, part, begin, std::min(begin + grain, p.end));
       }
     }
   });
@@ -70,7 +77,7 @@ void for_rows(int64_t n, int64_t cost, int threads, F&& f) {
   const int64_t grain = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, cost));
   const int parts = int(std::min<int64_t>(threads, n / grain));
   shares(parts, grain, [&](int i) { return share(n, i, std::max(1, parts)); },
-         [&](int, int64_t begin, int64_t end) { f(begin, end); });
+         [&](Nothing&, int, int64_t begin, int64_t end) { f(begin, end); });
 }
 
 }  // namespace atom
