@@ -5,6 +5,7 @@ changes every step (random numbers, output counts) is computed for all rows at o
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -211,6 +212,15 @@ class _Built:
         return self.random_rows is None and not isinstance(self.penalty_slots, torch.Tensor)
 
 
+class _Places(NamedTuple):
+    """Of rows in the pool: where the counts of those with penalties begin, int64 [P]; which they are, None: all."""
+
+    rows: np.ndarray
+    firsts: torch.Tensor
+    where: torch.Tensor | None
+    ones: torch.Tensor  # int32 [P]
+
+
 class _PenaltyPool:
     """Vocabulary-sized state, only for rows with penalties; grows as they come, gone when none is left."""
 
@@ -223,6 +233,7 @@ class _PenaltyPool:
         self._values = np.zeros((3, max_rows), dtype=np.float32)  # presence, frequency, repetition of a row
         self._prompt_mask = torch.empty((0, vocab_size), dtype=torch.bool, device=device)
         self._output_counts = torch.empty((0, vocab_size), dtype=torch.int32, device=device)
+        self._places: _Places | None = None  # of the last append; None once slots have changed
 
     def __bool__(self) -> bool:
         return self._num_used > 0
@@ -239,6 +250,7 @@ class _PenaltyPool:
         self._free.remove(slot)
         self._num_used += 1
         self._slot[row] = slot
+        self._places = None
         self._values[:, row] = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
         mask = np.zeros(self.vocab_size, dtype=bool)
         mask[np.asarray(prompt_token_ids, dtype=np.int64)] = True
@@ -251,6 +263,7 @@ class _PenaltyPool:
             return
         self._free.append(int(self._slot[row]))
         self._slot[row] = -1
+        self._places = None
         self._num_used -= 1
         if not self._num_used:
             self._free = []
@@ -258,16 +271,26 @@ class _PenaltyPool:
 
     def append(self, rows: np.ndarray, token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> None:
         """Count one more token for those of the (distinct) rows that have penalties."""
+        places = self._places
+        if places is None or places.rows is not rows:  # mostly the last step's array
+            places = self._places = self._find(rows)
+        if not len(places.firsts):
+            return
+        tokens = torch.as_tensor(token_ids, device=self.device)
+        if places.where is not None:
+            tokens = tokens[places.where]
+        self._output_counts.view(-1).index_add_(0, places.firsts + tokens, places.ones)
+
+    def _find(self, rows: np.ndarray) -> "_Places":
         slots = self._slot[rows]
         where = np.flatnonzero(slots >= 0)
-        if not len(where):
-            return
-        at = torch.from_numpy(slots[where]).to(self.device, non_blocking=True)
-        tokens = torch.as_tensor(token_ids, device=self.device)
-        if len(where) < len(rows):
-            tokens = tokens[torch.from_numpy(where).to(self.device, non_blocking=True)]
-        one = torch.ones((), dtype=torch.int32, device=self.device)
-        self._output_counts.index_put_((at, tokens.long()), one, accumulate=True)
+        firsts = torch.from_numpy(slots[where] * self.vocab_size).to(self.device, non_blocking=True)
+        return _Places(
+            rows,
+            firsts,
+            None if len(where) == len(rows) else torch.from_numpy(where).to(self.device, non_blocking=True),
+            torch.ones(len(where), dtype=torch.int32, device=self.device),
+        )
 
     def collect(self, rows: np.ndarray, metadata: SamplingMetadata) -> slice | torch.Tensor | None:
         """Fill the penalty fields of the metadata; returns where the pool holds them, None for none."""
