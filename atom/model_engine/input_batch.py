@@ -64,6 +64,8 @@ class _Scheduled:
         self.ones = np.ones(len(rows), dtype=np.int64)
         self.indices = np.arange(len(rows) + 1, dtype=np.int32)
         self.have_sampled = False  # each of them, so that its last token is on the device
+        # Of plain decode steps, once there was one: logits_indices, sampling_rows, query_start_loc.
+        self.on_device: list[torch.Tensor] | None = None
 
 
 class InputBatch:
@@ -165,7 +167,8 @@ class InputBatch:
         if sampled is not None:
             self.last_token.index_copy_(0, step.sampling_rows, sampled)
             self.num_tokens[step.sampled_rows] += 1
-            self._has_sampled[step.sampled_rows] = True
+            if self._scheduled is None or not self._scheduled.have_sampled:
+                self._has_sampled[step.sampled_rows] = True
 
     def _look_up(self, request_ids: list[str]) -> _Scheduled:
         if self._scheduled is None or request_ids != self._scheduled.request_ids:
@@ -228,23 +231,21 @@ class InputBatch:
         self._appended.clear()
         rows, starts, seq_lens = flat.rows, flat.starts, flat.seq_lens
         longest_seq = int(seq_lens.max())
-        arrays = [
-            flat.positions,
-            flat.slots,
-            _last_tokens(flat),
-            flat.sampled_rows,
-            starts,
-            seq_lens.astype(np.int32),
-            self.block_table[rows, : -(-longest_seq // self.block_size)],
-        ]
+        table = self.block_table[rows, : -(-longest_seq // self.block_size)]
+        arrays = [flat.positions, flat.slots, seq_lens.astype(np.int32), table]
         all_sampled = self._all_sampled(scheduled, flat)
+        constants = scheduled.on_device if all_sampled else None
+        if constants is None:
+            arrays += [_last_tokens(flat), flat.sampled_rows, starts]
         if not all_sampled:
             sampled = np.flatnonzero(self._has_sampled[flat.token_rows])
             known = self.tokens[flat.token_rows, flat.positions].astype(np.int64)
             arrays += [known, sampled, flat.token_rows[sampled]]
         on_device = self._to_device(arrays)
-        positions_d, slots_d, logits_indices, sampling_rows, starts_d, lens, table_d = on_device[:7]
+        positions_d, slots_d, lens, table_d = on_device[:4]
+        logits_indices, sampling_rows, starts_d = constants or on_device[4:7]
         if all_sampled:
+            scheduled.on_device = [logits_indices, sampling_rows, starts_d]
             ids = self.last_token.index_select(0, sampling_rows)
         else:
             ids, at, last_rows = on_device[7:]

@@ -100,6 +100,8 @@ class SamplingState:
 
     def append(self, rows: Sequence[int] | np.ndarray, token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> None:
         """A step gave each of these (distinct) rows one token. A tensor on the device is not waited for."""
+        if not self._num_special:
+            return  # plain greedy rows count nothing, and never become anything else
         rows = np.asarray(rows, dtype=np.int64)
         self._num_output[rows] += 1
         if self._penalties:
