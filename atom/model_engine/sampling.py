@@ -16,6 +16,7 @@ from atom.sampling_params import SamplingParams
 from atom.utils.rng import seed_key, uniform_of_key
 
 _PLAIN_GREEDY = SamplingMetadata(all_greedy=True)
+_STEPS_AHEAD = 16  # for which random numbers are made at once
 
 
 class SamplingState:
@@ -155,7 +156,7 @@ class SamplingState:
             metadata.top_k = self._to_device(top_k) if (top_k < self.vocab_size).any() else None
             metadata.top_p = self._to_device(top_p) if (top_p < 1).any() else None
             metadata.min_p = self._to_device(min_p) if min_p.any() else None
-            built.random_rows, built.keys = rows, self._key[rows]
+            built.random_rows = rows
         logprobs = self._num_logprobs[rows]
         metadata.num_logprobs = int(logprobs.max())
         if metadata.num_logprobs >= 0 and logprobs.min() < 0:
@@ -189,9 +190,22 @@ class SamplingState:
         """What is new in every step. Tensors are replaced: a step in flight may still read the old ones."""
         metadata = built.metadata
         if built.random_rows is not None:
-            metadata.uniform = self._to_device(uniform_of_key(built.keys, self._num_output[built.random_rows]))
+            metadata.uniform = self._uniform(built, built.random_rows)
         if built.penalty_slots is not None:
             metadata.output_counts = self._penalties.counts(built.penalty_slots)
+
+    def _uniform(self, built: "_Built", rows: np.ndarray) -> torch.Tensor:
+        """Random numbers of the rows' next tokens, made for several steps at a time."""
+        positions = self._num_output[rows]
+        if built.positions is not None:
+            ahead = int(positions[0] - built.positions[0])
+            if 0 <= ahead < _STEPS_AHEAD and (positions - ahead == built.positions).all():
+                return built.uniform[ahead, : len(rows)]
+        built.positions = positions
+        padded = np.zeros((_STEPS_AHEAD, -(-len(rows) // 4) * 4), dtype=np.float32)  # so that each row is aligned
+        padded[:, : len(rows)] = uniform_of_key(self._key[rows], positions + np.arange(_STEPS_AHEAD)[:, None])
+        built.uniform = self._to_device(padded)
+        return built.uniform[0, : len(rows)]
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -200,13 +214,14 @@ class SamplingState:
 class _Built:
     """The last metadata and what is needed to bring it up to date."""
 
-    __slots__ = ("key", "keys", "metadata", "penalty_slots", "random_rows")
+    __slots__ = ("key", "metadata", "penalty_slots", "positions", "random_rows", "uniform")
 
     def __init__(self, key: bytes, metadata: SamplingMetadata) -> None:
         self.key = key
         self.metadata = metadata
         self.random_rows: np.ndarray | None = None
-        self.keys = np.empty(0, dtype=np.uint64)
+        self.uniform = torch.empty(0)  # float32 [_STEPS_AHEAD, >= R] on the device, from these positions on:
+        self.positions: np.ndarray | None = None
         self.penalty_slots: slice | torch.Tensor | None = None
 
     @property
