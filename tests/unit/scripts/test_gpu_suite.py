@@ -37,7 +37,7 @@ def options(**values):
 
 # What the other parts check in tiny mode, tests/kernels and tests/e2e check, too, and at less cost.
 @pytest.mark.parametrize(
-    "parts", [pytest.param(gpu_suite.PARTS, marks=pytest.mark.slow), ["engine", "sanitizer", "memory", "timings"]]
+    "parts", [pytest.param(gpu_suite.PARTS, marks=pytest.mark.slow), ["sanitizer", "memory", "timings"]]
 )
 def test_tiny_mode_runs_every_part(tmp_path, parts):
     done = suite("--tiny", "--only", *parts, "--json", str(tmp_path / "a.json"), OUT=str(tmp_path))
