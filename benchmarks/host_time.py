@@ -1,7 +1,9 @@
-"""What Python costs in a decode step: scheduling, rows, metadata, sampling state, bookkeeping. On one core.
+"""What Python costs in a decode step: scheduling, rows, metadata, sampling state, bookkeeping, outputs. On one core.
 
 A tiny model on the CPU, whose own time (forward, logits, choosing tokens) is measured apart and taken off; on a GPU
-that is what runs elsewhere. `python benchmarks/host_time.py [--batch 256] [--sampled]`; the last line is JSON.
+that is what runs elsewhere. All else that an engine process does in a step counts, sending its outputs to the front
+end included. Prompts differ in length, so that every step has some requests that need a block.
+`python benchmarks/host_time.py [--batch 256] [--sampled]`; the last line is JSON.
 """
 
 import argparse
@@ -13,9 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import zmq
 
 from atom import SamplingParams
 from atom.config import config_from_kwargs
+from atom.model_engine import wire
 from atom.model_engine.engine_core import EngineCore
 from atom.model_engine.protocol import EngineRequest
 
@@ -70,7 +74,7 @@ def main() -> None:
         extra = {"temperature": 0.8, "top_p": 0.9, "presence_penalty": 0.1} if options.sampled else {"temperature": 0}
         for i in range(options.batch):
             params = SamplingParams(max_tokens=options.steps + 40, ignore_eos=True, seed=i, **extra)
-            tokens = [(7 * i + j) % 1000 for j in range(options.context)]
+            tokens = [(7 * i + j) % 1000 for j in range(options.context + i % 16)]
             core.add_request(
                 EngineRequest(request_id=f"r{i}", prompt_token_ids=tokens, sampling_params=params, arrival_time=0.0)
             )
@@ -80,23 +84,30 @@ def main() -> None:
             (core.scheduler, "schedule", "schedule"), (core.scheduler, "update", "update"),
             (runner.batch, "prepare", "prepare"), (runner.sampling, "build", "sampling state"),
             (runner.sampling, "append", "sampling state"), (runner.batch, "advance", "advance"),
-            (runner.batch, "learn", "learn"), (runner.graph_runner, "run", "model"),
-            (runner, "compute_logits", "model"), (runner, "sampler", "model"),
+            (runner.graph_runner, "run", "model"), (runner, "compute_logits", "model"), (runner, "sampler", "model"),
         ):  # fmt: skip
             watch.watch(owner, name, label)
         while sum(len(output.new_token_ids) for output in core.step()) < options.batch:
             pass
-        steps = []
-        for _ in range(options.steps):
-            watch.spent = {}
-            start = time.perf_counter()
-            core.step()
-            watch.spent["step"] = time.perf_counter() - start
-            steps.append(watch.spent)
+        core.step()
+        with zmq.Context() as context, context.socket(zmq.PAIR) as socket, context.socket(zmq.PAIR) as front_end:
+            front_end.bind("inproc://front-end")
+            socket.connect("inproc://front-end")
+            steps = []
+            for _ in range(options.steps):
+                watch.spent = {}
+                start = time.perf_counter()
+                outputs = core.step()
+                sending = time.perf_counter()
+                socket.send(wire.encode(wire.Outputs(outputs, core.stats())))
+                watch.spent["sending"] = time.perf_counter() - sending
+                watch.spent["step"] = time.perf_counter() - start
+                watch.spent["other"] = 2 * watch.spent["step"] - sum(watch.spent.values())
+                steps.append(watch.spent)
+                front_end.recv()
         core.close()
     medians = {name: 1e3 * statistics.median(step.get(name, 0.0) for step in steps) for name in steps[0]}
     host = sorted(1e3 * (step["step"] - step["model"]) for step in steps)
-    medians["other"] = max(0.0, 2 * medians["step"] - sum(medians.values()))
     for name, value in sorted(medians.items(), key=lambda item: -item[1]):
         print(f"{name:16} {value:7.3f} ms")
     median = statistics.median(host)

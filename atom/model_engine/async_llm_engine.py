@@ -23,7 +23,7 @@ from atom.model_engine.input_processor import InputProcessor, Prompt
 from atom.model_engine.llm_engine import load_tokenizer_if_any
 from atom.model_engine.output_processor import OutputKind, OutputProcessor
 from atom.model_engine.outputs import RequestOutput
-from atom.model_engine.protocol import EngineOutput, EngineRequest
+from atom.model_engine.protocol import EngineRequest, StepOutputs
 from atom.sampling_params import SamplingParams
 from atom.utils import startup
 from atom.utils.errors import RequestError
@@ -52,7 +52,7 @@ class EngineListener(Protocol):
 
     def submitted(self, requests: Sequence[EngineRequest]) -> None: ...
 
-    def stepped(self, outputs: Sequence[EngineOutput]) -> None: ...
+    def stepped(self, outputs: StepOutputs) -> None: ...
 
     def ended(self, request_ids: Sequence[str], reason: str) -> None:
         """By this process, not the core: "stop" (at a stop string), "abort" or "error"."""
@@ -489,7 +489,7 @@ class AsyncLLMEngine:
                     else:
                         future.set_exception(RuntimeError(message.error))
 
-    def _take_outputs(self, outputs: list[EngineOutput]) -> None:
+    def _take_outputs(self, outputs: StepOutputs) -> None:
         if self._listener is not None:
             self._listener.stepped(outputs)
         result = self._outputs.process(outputs)

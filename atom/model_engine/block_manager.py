@@ -63,7 +63,8 @@ class BlockManager:
                 del self._free[block]
             self._ref_count[block] += 1
         seq.block_ids = list(cached_blocks)
-        seq.num_registered_blocks = len(cached_blocks)
+        seq.capacity = len(cached_blocks) * self.block_size
+        self._set_registered(seq, len(cached_blocks))
         if self.enable_prefix_caching:
             self.num_queried_tokens += seq.num_tokens
             self.num_hit_tokens += len(cached_blocks) * self.block_size
@@ -77,6 +78,7 @@ class BlockManager:
             return None
         new = [self._take() for _ in range(missing)]
         seq.block_ids += new
+        seq.capacity = len(seq.block_ids) * self.block_size
         return new
 
     def register_computed(self, seq: Sequence) -> None:
@@ -93,7 +95,7 @@ class BlockManager:
             if key not in self._block_of:
                 self._block_of[key] = block
                 self._hash_of[block] = key
-        seq.num_registered_blocks = num_full
+        self._set_registered(seq, num_full)
 
     def free(self, seq: Sequence) -> None:
         """Give all blocks back. The end of a sequence is reused before its start, which others may share."""
@@ -105,7 +107,8 @@ class BlockManager:
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)
         seq.block_ids = []
-        seq.num_registered_blocks = 0
+        seq.capacity = 0
+        self._set_registered(seq, 0)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False (and no change) while any block is in use."""
@@ -125,6 +128,11 @@ class BlockManager:
         assert counts == self._ref_count
         assert {b for b in range(self.num_blocks) if counts[b] == 0} == set(self._free)
         assert {b: k for k, b in self._block_of.items()} == self._hash_of
+
+    def _set_registered(self, seq: Sequence, num_blocks: int) -> None:
+        seq.num_registered_blocks = num_blocks
+        if self.enable_prefix_caching:
+            seq.registers_at = (num_blocks + 1) * self.block_size
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)

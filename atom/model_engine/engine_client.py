@@ -6,7 +6,7 @@ from typing import Any
 
 from atom.config import Config
 from atom.model_engine import wire
-from atom.model_engine.protocol import EngineOutput, EngineRequest
+from atom.model_engine.protocol import EngineRequest, StepOutputs
 from atom.utils import startup
 
 
@@ -19,8 +19,8 @@ class EngineClient(ABC):
         """Unknown or finished ids are ignored."""
 
     @abstractmethod
-    def step(self) -> list[EngineOutput]:
-        """Outputs of the next engine step; [] when idle."""
+    def step(self) -> StepOutputs:
+        """Outputs of the next engine step; empty when idle."""
 
     @abstractmethod
     def has_unfinished(self) -> bool: ...
@@ -66,7 +66,7 @@ class InprocClient(EngineClient):
     def abort(self, request_ids: list[str]) -> None:
         self.core.abort(request_ids)
 
-    def step(self) -> list[EngineOutput]:
+    def step(self) -> StepOutputs:
         return self.core.step()
 
     def has_unfinished(self) -> bool:
@@ -106,7 +106,7 @@ class ProcessClient(EngineClient):
 
         self._core = CoreConnection(config)
         self._running: set[str] = set()
-        self._outputs: deque[list[EngineOutput]] = deque()
+        self._outputs: deque[StepOutputs] = deque()
         self._stats: dict[str, float] = {}
         self._num_calls = 0
         try:
@@ -127,16 +127,16 @@ class ProcessClient(EngineClient):
         self._running.difference_update(request_ids)
         self._core.send(wire.Abort(request_ids))
 
-    def step(self) -> list[EngineOutput]:
+    def step(self) -> StepOutputs:
         while self._running:
             while self._outputs:
                 outputs = self._outputs.popleft()
-                self._running.difference_update(o.request_id for o in outputs if o.finish_reason is not None)
+                self._running.difference_update(o.request_id for o in outputs.others if o.finish_reason is not None)
                 if outputs:
                     return outputs
             self._take(self._core.wait())
         self._outputs.clear()
-        return []
+        return StepOutputs()
 
     def has_unfinished(self) -> bool:
         return bool(self._running)

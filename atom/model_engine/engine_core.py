@@ -9,7 +9,7 @@ from typing import Any
 from atom.config import Config
 from atom.model_engine.block_manager import BlockManager
 from atom.model_engine.executor import make_executor
-from atom.model_engine.protocol import EngineOutput, EngineRequest, ModelOutput, ScheduledBatch
+from atom.model_engine.protocol import EngineOutput, EngineRequest, ModelOutput, ScheduledBatch, StepOutputs
 from atom.model_engine.scheduler import Scheduler, SchedulerLimits
 from atom.model_engine.structured_output import Grammar, GrammarCompiler
 from atom.model_loader.tokenizer import load_tokenizer
@@ -63,7 +63,7 @@ class EngineCore:
     def has_unfinished(self) -> bool:
         return bool(self._unprepared) or self.scheduler.has_unfinished()
 
-    def step(self) -> list[EngineOutput]:
+    def step(self) -> StepOutputs:
         """The outputs of the oldest step under way, after starting as many as may overlap with it."""
         failed = self._admit_prepared()
         while len(self._in_flight) < self.executor.max_in_flight:
@@ -72,11 +72,13 @@ class EngineCore:
                 break
             self._in_flight.append((batch, self.executor.submit(batch)))
         if not self._in_flight:
-            return failed
+            return StepOutputs(others=failed)
         batch, result = self._in_flight.popleft()
-        return failed + self.scheduler.update(batch, result())
+        outputs = self.scheduler.update(batch, result())
+        outputs.others[:0] = failed
+        return outputs
 
-    def _step_to_first_token(self) -> list[EngineOutput]:
+    def _step_to_first_token(self) -> StepOutputs:
         started = time.perf_counter()
         outputs = EngineCore.step(self)
         self._seconds_to_token += time.perf_counter() - started
@@ -105,12 +107,14 @@ class EngineCore:
         """Whether anything is admitted or under way; False while all that there is waits."""
         return bool(self._in_flight or self.scheduler.num_running)
 
-    def recover(self, error: str) -> list[EngineOutput]:
+    def recover(self, error: str) -> StepOutputs:
         """After `step` raised: drop what ran, which gets `error`, and keep what waits."""
         self._in_flight.clear()
         failed = self.scheduler.drop_running()
         self.executor.forget_requests()
-        return [EngineOutput(request_id=i, new_token_ids=[], finish_reason="error", error=error) for i in failed]
+        return StepOutputs(
+            others=[EngineOutput(request_id=i, new_token_ids=[], finish_reason="error", error=error) for i in failed]
+        )
 
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.blocks.reset_prefix_cache()

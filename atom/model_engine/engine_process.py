@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from atom.model_engine import wire
+from atom.model_engine.protocol import StepOutputs
 from atom.utils import startup
 from atom.utils.errors import AtomError
 from atom.utils.logging import get_logger
@@ -49,7 +50,7 @@ class CoreLoop:
         while self._running:
             busy = self._core.has_unfinished()
             if not busy and not self._reported_idle:
-                self._send(wire.Outputs([], self._core.stats()))
+                self._send(wire.Outputs(StepOutputs(), self._core.stats()))
                 self._reported_idle = True
             self._take_messages(wait=not busy)
             if self._running and self._core.has_unfinished():

@@ -21,9 +21,9 @@ class StepInput:
 
     rows, counts: int64 [R], each request's row and number of tokens; starts: int32 [R + 1], its first flat token.
     input_ids, positions: int64 [T]. sampled_rows: int64 [S], rows of the requests whose last token is computed now;
-    request_ids: theirs; occupancy: of their rows, see InputBatch; logits_indices: int64 [S] on the device, the flat
-    token each samples from. graph: what replays the step, None for nothing; input_ids then get their values from
-    StaticInputs.resolve, and tensors hold until the next step is prepared.
+    request_ids: theirs; logits_indices: int64 [S] on the device, the flat token each samples from. graph: what replays
+    the step, None for nothing; input_ids then get their values from StaticInputs.resolve, and tensors hold until the
+    next step is prepared.
     """
 
     rows: np.ndarray
@@ -33,7 +33,6 @@ class StepInput:
     positions: torch.Tensor
     metadata: AttentionMetadata
     sampled_rows: np.ndarray
-    occupancy: np.ndarray
     request_ids: list[str]
     logits_indices: torch.Tensor
     sampling_rows: torch.Tensor  # int64 [S] on the device: sampled_rows
@@ -58,14 +57,15 @@ class _Flat(NamedTuple):
 class _Scheduled:
     """The requests of the last step, mostly the next step's, too, and what stays the same for them."""
 
-    def __init__(self, request_ids: list[str], rows: np.ndarray, occupancy: np.ndarray, num_blocks: int) -> None:
+    def __init__(self, request_ids: list[str], rows: np.ndarray, num_blocks: int) -> None:
         self.request_ids = request_ids
         self.rows = rows
-        self.occupancy = occupancy
         self.first_cells = rows * num_blocks  # in the flat block table
         self.ones = np.ones(len(rows), dtype=np.int64)
         self.indices = np.arange(len(rows) + 1, dtype=np.int32)
         self.have_sampled = False  # each of them, so that its last token is on the device
+        # Of plain decode steps, once there was one: logits_indices, sampling_rows, query_start_loc.
+        self.on_device: list[torch.Tensor] | None = None
 
 
 class InputBatch:
@@ -92,12 +92,11 @@ class InputBatch:
         self.block_size = block_size
         self.max_model_len = max_model_len
         max_blocks = -(-max_model_len // block_size)
-        # Zero pages are taken from the system only when written.
+        # What requests came with. Zero pages are taken from the system only when written.
         self.tokens = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self.block_table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
-        self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # pending ones included
-        self.num_known = np.zeros(max_num_seqs, dtype=np.int64)  # tokens whose value is in `tokens`
+        self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self.last_token = (
             torch.zeros(max_num_seqs, dtype=torch.int64, device=device) if static is None else static.last_token
         )
@@ -107,7 +106,6 @@ class InputBatch:
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
         self.request_ids: list[str] = [""] * max_num_seqs
         self.row_of: dict[str, int] = {}
-        self.occupancy = np.zeros(max_num_seqs, dtype=np.int64)  # how many requests a row has had
         self._scheduled: _Scheduled | None = None
         self._cells = self.block_table.reshape(-1)
         # Which rows the device's block table holds, and what they have got since.
@@ -120,12 +118,11 @@ class InputBatch:
         """Take a row for the request and fill it."""
         row = self._free_rows.pop()
         self.row_of[request.request_id] = row
-        self.occupancy[row] += 1
         self._scheduled = None
         self.request_ids[row] = request.request_id
         count = len(request.token_ids)
         self.tokens[row, :count] = request.token_ids
-        self.num_tokens[row] = self.num_known[row] = count
+        self.num_tokens[row] = count
         self.num_prompt[row] = request.num_prompt_tokens
         self.num_computed[row] = request.num_computed_tokens
         self.num_blocks[row] = 0
@@ -137,7 +134,6 @@ class InputBatch:
     def remove(self, request_id: str) -> int:
         row = self.row_of.pop(request_id)
         self.params[row] = None
-        self.occupancy[row] += 1
         self._scheduled = None
         self.request_ids[row] = ""
         self._free_rows.append(row)
@@ -156,16 +152,14 @@ class InputBatch:
         scheduled = self._look_up(list(batch.num_scheduled_tokens))
         is_decode = batch.total_tokens == len(scheduled.rows)
         flat = self._flatten_decodes(scheduled) if is_decode else self._flatten(scheduled, batch)
-        if flat.sampling is None and flat.rows is scheduled.rows:
-            occupancy, request_ids = scheduled.occupancy, scheduled.request_ids
-        else:
-            occupancy = self.occupancy[flat.sampled_rows]
+        request_ids = scheduled.request_ids
+        if flat.sampling is not None or flat.rows is not scheduled.rows:
             request_ids = [self.request_ids[row] for row in flat.sampled_rows.tolist()]
         if self.static is not None:
             graph = self.static.dispatcher.dispatch(batch.total_tokens, is_decode)
             if graph.kind is not CUDAGraphMode.NONE:
-                return self._place_static(self.static, graph, scheduled, flat, occupancy, request_ids)
-        return self._place(flat, occupancy, request_ids)
+                return self._place_static(self.static, graph, scheduled, flat, request_ids)
+        return self._place(scheduled, flat, request_ids)
 
     def advance(self, step: StepInput, sampled: torch.Tensor | None) -> None:
         """Count a step as done; sampled: int64 [S] on the device, one token for each of step.sampled_rows."""
@@ -173,22 +167,13 @@ class InputBatch:
         if sampled is not None:
             self.last_token.index_copy_(0, step.sampling_rows, sampled)
             self.num_tokens[step.sampled_rows] += 1
-            self._has_sampled[step.sampled_rows] = True
-
-    def learn(self, step: StepInput, sampled: np.ndarray) -> None:
-        """Take in the values of a step's tokens, for rows that still belong to the same request."""
-        rows = step.sampled_rows
-        if self._scheduled is None or step.occupancy is not self._scheduled.occupancy:
-            same = self.occupancy[rows] == step.occupancy
-            rows, sampled = rows[same], sampled[same]
-        known = self.num_known[rows]
-        self.tokens[rows, known] = sampled
-        self.num_known[rows] = known + 1
+            if self._scheduled is None or not self._scheduled.have_sampled:
+                self._has_sampled[step.sampled_rows] = True
 
     def _look_up(self, request_ids: list[str]) -> _Scheduled:
         if self._scheduled is None or request_ids != self._scheduled.request_ids:
             rows = np.fromiter((self.row_of[i] for i in request_ids), np.int64, len(request_ids))
-            self._scheduled = _Scheduled(request_ids, rows, self.occupancy[rows], self.block_table.shape[1])
+            self._scheduled = _Scheduled(request_ids, rows, self.block_table.shape[1])
         return self._scheduled
 
     def _flatten_decodes(self, scheduled: _Scheduled) -> _Flat:
@@ -240,32 +225,32 @@ class InputBatch:
             sampled_rows=rows[sampling],
         )
 
-    def _place(self, flat: _Flat, occupancy: np.ndarray, request_ids: list[str]) -> StepInput:
+    def _place(self, scheduled: _Scheduled, flat: _Flat, request_ids: list[str]) -> StepInput:
         """For a step that runs plainly, in memory of its own."""
         self._table_rows = None
         self._appended.clear()
-        rows, starts, seq_lens, positions = flat.rows, flat.starts, flat.seq_lens, flat.positions
-        input_ids = self.tokens[flat.token_rows, positions].astype(np.int64)
-        pending = np.flatnonzero(positions >= self.num_known[flat.token_rows])
+        rows, starts, seq_lens = flat.rows, flat.starts, flat.seq_lens
         longest_seq = int(seq_lens.max())
-        on_device = self._to_device(
-            [
-                input_ids,
-                positions,
-                flat.slots,
-                _last_tokens(flat),
-                flat.sampled_rows,
-                pending,
-                flat.token_rows[pending],
-                starts,
-                seq_lens.astype(np.int32),
-                self.block_table[rows, : -(-longest_seq // self.block_size)],
-            ]
-        )
-        ids, positions_d, slots_d, logits_indices, sampling_rows, pending_d, pending_rows = on_device[:7]
-        starts_d, lens, table_d = on_device[7:10]
-        if len(pending):
-            ids[pending_d] = self.last_token[pending_rows]
+        table = self.block_table[rows, : -(-longest_seq // self.block_size)]
+        arrays = [flat.positions, flat.slots, seq_lens.astype(np.int32), table]
+        all_sampled = self._all_sampled(scheduled, flat)
+        constants = scheduled.on_device if all_sampled else None
+        if constants is None:
+            arrays += [_last_tokens(flat), flat.sampled_rows, starts]
+        if not all_sampled:
+            sampled = np.flatnonzero(self._has_sampled[flat.token_rows])
+            known = self.tokens[flat.token_rows, flat.positions].astype(np.int64)
+            arrays += [known, sampled, flat.token_rows[sampled]]
+        on_device = self._to_device(arrays)
+        positions_d, slots_d, lens, table_d = on_device[:4]
+        logits_indices, sampling_rows, starts_d = constants or on_device[4:7]
+        if all_sampled:
+            scheduled.on_device = [logits_indices, sampling_rows, starts_d]
+            ids = self.last_token.index_select(0, sampling_rows)
+        else:
+            ids, at, last_rows = on_device[7:]
+            if len(at):
+                ids.index_copy_(0, at, self.last_token.index_select(0, last_rows))
         metadata = AttentionMetadata(
             query_start_loc=starts_d,
             seq_lens=lens,
@@ -285,7 +270,6 @@ class InputBatch:
             positions=positions_d,
             metadata=metadata,
             sampled_rows=flat.sampled_rows,
-            occupancy=occupancy,
             request_ids=request_ids,
             logits_indices=logits_indices,
             sampling_rows=sampling_rows,
@@ -297,7 +281,6 @@ class InputBatch:
         graph: Dispatch,
         scheduled: _Scheduled,
         flat: _Flat,
-        occupancy: np.ndarray,
         request_ids: list[str],
     ) -> StepInput:
         """For a step that a graph replays, where the graph reads it."""
@@ -353,7 +336,6 @@ class InputBatch:
             positions=positions,
             metadata=metadata,
             sampled_rows=flat.sampled_rows,
-            occupancy=occupancy,
             request_ids=request_ids,
             logits_indices=logits_indices,
             sampling_rows=sampling_rows,
@@ -365,15 +347,19 @@ class InputBatch:
     ) -> None:
         """Where the tokens' values are, and those that are not on the device yet."""
         rows, num_tokens = flat.token_rows, len(flat.token_rows)
-        if rows is scheduled.rows:
-            if not scheduled.have_sampled:
-                scheduled.have_sampled = bool(self._has_sampled[rows].all())
-            if scheduled.have_sampled:
-                source[:num_tokens] = rows
-                return
+        if self._all_sampled(scheduled, flat):
+            source[:num_tokens] = rows
+            return
         known[:num_tokens] = self.tokens[rows, flat.positions]
-        pending = flat.positions >= self.num_known[rows]
-        source[:num_tokens] = np.where(pending, rows, static.num_rows + np.arange(num_tokens))
+        source[:num_tokens] = np.where(self._has_sampled[rows], rows, static.num_rows + np.arange(num_tokens))
+
+    def _all_sampled(self, scheduled: _Scheduled, flat: _Flat) -> bool:
+        """Whether every token of the step is on the device: all are decodes whose last token was sampled there."""
+        if flat.token_rows is not scheduled.rows:
+            return False
+        if not scheduled.have_sampled:
+            scheduled.have_sampled = bool(self._has_sampled[scheduled.rows].all())
+        return scheduled.have_sampled
 
     def _write_table(self, static: StaticInputs, at: np.ndarray, to: np.ndarray, rows: np.ndarray) -> None:
         """What the device's block table lacks: a few cells, or, for other requests than the last step's, all rows."""

@@ -177,7 +177,7 @@ class ModelRunner:
         rows = step.sampled_rows
         if not len(rows):
             self.batch.advance(step, None)
-            return lambda: ModelOutput(sampled_token_ids={})
+            return lambda: ModelOutput(request_ids=[], token_ids=[])
         if len(rows) != len(hidden):
             hidden = hidden[step.logits_indices]
         metadata = self.sampling.build(rows)
@@ -194,12 +194,8 @@ class ModelRunner:
         def result() -> ModelOutput:
             token_ids, logprob_ids, logprobs, ranks = on_host()
             assert token_ids is not None
-            self.batch.learn(step, token_ids.numpy())
             output = ModelOutput(
-                sampled_token_ids={
-                    name: [token] for name, token in zip(step.request_ids, token_ids.tolist(), strict=True)
-                },
-                prompt_logprobs=prompt_logprobs,
+                request_ids=step.request_ids, token_ids=token_ids.tolist(), prompt_logprobs=prompt_logprobs
             )
             if wanted is not None:
                 entries = to_token_logprobs(

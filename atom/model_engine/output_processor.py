@@ -13,7 +13,7 @@ from atom.model_engine.outputs import (
     RequestOutput,
     unix_time,
 )
-from atom.model_engine.protocol import EngineOutput, TokenLogprobs
+from atom.model_engine.protocol import EngineOutput, StepOutputs, TokenLogprobs
 from atom.sampling_params import SamplingParams
 
 
@@ -56,7 +56,7 @@ class OutputProcessor:
         for child, answer in zip(processed.children, request.answers, strict=True):
             self._answers[child.request_id] = answer
 
-    def process(self, outputs: list[EngineOutput]) -> StepResult:
+    def process(self, outputs: StepOutputs) -> StepResult:
         """Take in one step. Outputs of requests that ended meanwhile are dropped."""
         result = StepResult()
         now = unix_time()

@@ -4,6 +4,8 @@ Everything here encodes as msgpack and nothing imports torch. Structs made in nu
 by the garbage collector (gc=False): none of them can be part of a cycle.
 """
 
+from collections.abc import Iterator
+
 import msgspec
 
 from atom.sampling_params import SamplingParams
@@ -43,6 +45,26 @@ class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     error_param: str | None = None  # the parameter of the request that is to blame, if one is
 
 
+class StepOutputs(msgspec.Struct, array_like=True, gc=False):
+    """What one step added to all requests. Most get a token and nothing else, which takes no object of its own.
+
+    request_ids, token_ids: of those, one each; never a request's first token, nor its last. others: all the rest.
+    Iterating gives an EngineOutput for each of either kind.
+    """
+
+    request_ids: list[str] = []
+    token_ids: list[int] = []
+    others: list[EngineOutput] = []
+
+    def __len__(self) -> int:
+        return len(self.request_ids) + len(self.others)
+
+    def __iter__(self) -> Iterator[EngineOutput]:
+        for request_id, token in zip(self.request_ids, self.token_ids, strict=True):
+            yield EngineOutput(request_id=request_id, new_token_ids=[token])
+        yield from self.others
+
+
 class NewRequest(msgspec.Struct, kw_only=True):
     """Everything a worker needs to start (or, after preemption, restart) a request."""
 
@@ -66,9 +88,13 @@ class ScheduledBatch(msgspec.Struct, kw_only=True, gc=False):
 
 
 class ModelOutput(msgspec.Struct, kw_only=True, gc=False):
-    """What a step produced. A request whose prompt isn't through yet has no token."""
+    """What a step produced, in the batch's order. A request whose prompt isn't through yet has no token.
 
-    sampled_token_ids: dict[str, list[int]]
+    request_ids, token_ids: of those that have, one each.
+    """
+
+    request_ids: list[str]
+    token_ids: list[int]
     logprobs: dict[str, list[TokenLogprobs]] = msgspec.field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = msgspec.field(default_factory=dict)
     errors: dict[str, str] = msgspec.field(default_factory=dict)

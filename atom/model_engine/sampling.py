@@ -5,6 +5,7 @@ changes every step (random numbers, output counts) is computed for all rows at o
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from atom.sampling_params import SamplingParams
 from atom.utils.rng import seed_key, uniform_of_key
 
 _PLAIN_GREEDY = SamplingMetadata(all_greedy=True)
+_STEPS_AHEAD = 16  # for which random numbers are made at once
 
 
 class SamplingState:
@@ -99,6 +101,8 @@ class SamplingState:
 
     def append(self, rows: Sequence[int] | np.ndarray, token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> None:
         """A step gave each of these (distinct) rows one token. A tensor on the device is not waited for."""
+        if not self._num_special:
+            return  # plain greedy rows count nothing, and never become anything else
         rows = np.asarray(rows, dtype=np.int64)
         self._num_output[rows] += 1
         if self._penalties:
@@ -152,7 +156,7 @@ class SamplingState:
             metadata.top_k = self._to_device(top_k) if (top_k < self.vocab_size).any() else None
             metadata.top_p = self._to_device(top_p) if (top_p < 1).any() else None
             metadata.min_p = self._to_device(min_p) if min_p.any() else None
-            built.random_rows, built.keys = rows, self._key[rows]
+            built.random_rows = rows
         logprobs = self._num_logprobs[rows]
         metadata.num_logprobs = int(logprobs.max())
         if metadata.num_logprobs >= 0 and logprobs.min() < 0:
@@ -186,9 +190,22 @@ class SamplingState:
         """What is new in every step. Tensors are replaced: a step in flight may still read the old ones."""
         metadata = built.metadata
         if built.random_rows is not None:
-            metadata.uniform = self._to_device(uniform_of_key(built.keys, self._num_output[built.random_rows]))
+            metadata.uniform = self._uniform(built, built.random_rows)
         if built.penalty_slots is not None:
             metadata.output_counts = self._penalties.counts(built.penalty_slots)
+
+    def _uniform(self, built: "_Built", rows: np.ndarray) -> torch.Tensor:
+        """Random numbers of the rows' next tokens, made for several steps at a time."""
+        positions = self._num_output[rows]
+        if built.positions is not None:
+            ahead = int(positions[0] - built.positions[0])
+            if 0 <= ahead < _STEPS_AHEAD and (positions - ahead == built.positions).all():
+                return built.uniform[ahead, : len(rows)]
+        built.positions = positions
+        padded = np.zeros((_STEPS_AHEAD, -(-len(rows) // 4) * 4), dtype=np.float32)  # so that each row is aligned
+        padded[:, : len(rows)] = uniform_of_key(self._key[rows], positions + np.arange(_STEPS_AHEAD)[:, None])
+        built.uniform = self._to_device(padded)
+        return built.uniform[0, : len(rows)]
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -197,18 +214,28 @@ class SamplingState:
 class _Built:
     """The last metadata and what is needed to bring it up to date."""
 
-    __slots__ = ("key", "keys", "metadata", "penalty_slots", "random_rows")
+    __slots__ = ("key", "metadata", "penalty_slots", "positions", "random_rows", "uniform")
 
     def __init__(self, key: bytes, metadata: SamplingMetadata) -> None:
         self.key = key
         self.metadata = metadata
         self.random_rows: np.ndarray | None = None
-        self.keys = np.empty(0, dtype=np.uint64)
+        self.uniform = torch.empty(0)  # float32 [_STEPS_AHEAD, >= R] on the device, from these positions on:
+        self.positions: np.ndarray | None = None
         self.penalty_slots: slice | torch.Tensor | None = None
 
     @property
     def is_static(self) -> bool:
         return self.random_rows is None and not isinstance(self.penalty_slots, torch.Tensor)
+
+
+class _Places(NamedTuple):
+    """Of rows in the pool: where the counts of those with penalties begin, int64 [P]; which they are, None: all."""
+
+    rows: np.ndarray
+    firsts: torch.Tensor
+    where: torch.Tensor | None
+    ones: torch.Tensor  # int32 [P]
 
 
 class _PenaltyPool:
@@ -223,6 +250,7 @@ class _PenaltyPool:
         self._values = np.zeros((3, max_rows), dtype=np.float32)  # presence, frequency, repetition of a row
         self._prompt_mask = torch.empty((0, vocab_size), dtype=torch.bool, device=device)
         self._output_counts = torch.empty((0, vocab_size), dtype=torch.int32, device=device)
+        self._places: _Places | None = None  # of the last append; None once slots have changed
 
     def __bool__(self) -> bool:
         return self._num_used > 0
@@ -239,6 +267,7 @@ class _PenaltyPool:
         self._free.remove(slot)
         self._num_used += 1
         self._slot[row] = slot
+        self._places = None
         self._values[:, row] = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
         mask = np.zeros(self.vocab_size, dtype=bool)
         mask[np.asarray(prompt_token_ids, dtype=np.int64)] = True
@@ -251,6 +280,7 @@ class _PenaltyPool:
             return
         self._free.append(int(self._slot[row]))
         self._slot[row] = -1
+        self._places = None
         self._num_used -= 1
         if not self._num_used:
             self._free = []
@@ -258,16 +288,26 @@ class _PenaltyPool:
 
     def append(self, rows: np.ndarray, token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> None:
         """Count one more token for those of the (distinct) rows that have penalties."""
+        places = self._places
+        if places is None or places.rows is not rows:  # mostly the last step's array
+            places = self._places = self._find(rows)
+        if not len(places.firsts):
+            return
+        tokens = torch.as_tensor(token_ids, device=self.device)
+        if places.where is not None:
+            tokens = tokens[places.where]
+        self._output_counts.view(-1).index_add_(0, places.firsts + tokens, places.ones)
+
+    def _find(self, rows: np.ndarray) -> "_Places":
         slots = self._slot[rows]
         where = np.flatnonzero(slots >= 0)
-        if not len(where):
-            return
-        at = torch.from_numpy(slots[where]).to(self.device, non_blocking=True)
-        tokens = torch.as_tensor(token_ids, device=self.device)
-        if len(where) < len(rows):
-            tokens = tokens[torch.from_numpy(where).to(self.device, non_blocking=True)]
-        one = torch.ones((), dtype=torch.int32, device=self.device)
-        self._output_counts.index_put_((at, tokens.long()), one, accumulate=True)
+        firsts = torch.from_numpy(slots[where] * self.vocab_size).to(self.device, non_blocking=True)
+        return _Places(
+            rows,
+            firsts,
+            None if len(where) == len(rows) else torch.from_numpy(where).to(self.device, non_blocking=True),
+            torch.ones(len(where), dtype=torch.int32, device=self.device),
+        )
 
     def collect(self, rows: np.ndarray, metadata: SamplingMetadata) -> slice | torch.Tensor | None:
         """Fill the penalty fields of the metadata; returns where the pool holds them, None for none."""

@@ -17,8 +17,10 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from atom.model_engine.block_manager import BlockManager
 from atom.model_engine.protocol import (
@@ -27,8 +29,11 @@ from atom.model_engine.protocol import (
     ModelOutput,
     NewRequest,
     ScheduledBatch,
+    StepOutputs,
 )
 from atom.model_engine.sequence import Sequence, SequenceStatus
+from atom.model_engine.sequence_group import SequenceGroup
+from atom.model_engine.sequence_table import SequenceTable
 
 if TYPE_CHECKING:
     from atom.model_engine.structured_output import Grammar
@@ -46,11 +51,21 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class _Step:
-    """A scheduled batch that `update` has not seen yet; the sequences, as ids may be used anew."""
+    """A batch in the making, and then until `update` has seen its tokens.
 
-    sequences: list[Sequence]
-    started: float
-    has_prefill: bool
+    decodes: plain ones, one token each, handled all at once; scheduled: all others, after them in the batch, and
+    their numbers of tokens. num_finished: the scheduler's when it was scheduled.
+    """
+
+    budget: int
+    decodes: SequenceGroup
+    scheduled: dict[Sequence, int] = field(default_factory=dict)
+    new_requests: list[NewRequest] = field(default_factory=list)
+    new_block_ids: dict[str, list[int]] = field(default_factory=dict)
+    has_preempted: bool = False
+    has_prefill: bool = False
+    started: float = 0.0
+    num_finished: int = 0
 
 
 class Scheduler:
@@ -63,10 +78,13 @@ class Scheduler:
         self.blocks = block_manager
         self.num_preemptions = 0
         self._clock = clock
+        self._table = SequenceTable()
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap; finished ones are skipped
         self._num_waiting = 0
         self._running: list[Sequence] = []  # by sort_key
+        self._running_group: SequenceGroup | None = None  # of them; None once they have changed
+        self._num_finished = 0
         self._removed: list[str] = []  # for the workers to forget at the next step
         self._order = 0
         self._waiting_since: dict[str, float] = {}
@@ -87,7 +105,7 @@ class Scheduler:
     def add(self, request: EngineRequest, grammar: "Grammar | None" = None) -> None:
         """grammar: must be ready."""
         assert request.request_id not in self._sequences, f"request id {request.request_id!r} is in use"
-        seq = Sequence(request, self._order, self.limits.max_model_len, grammar)
+        seq = Sequence(request, self._order, self.limits.max_model_len, self._table, grammar)
         self._order += 1
         self._sequences[seq.request_id] = seq
         self._waiting_since[seq.request_id] = self._clock()
@@ -113,56 +131,117 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step's work, or None when nothing can or need run."""
         removed, self._removed = self._removed, []
-        budget = self.limits.max_num_batched_tokens
-        scheduled: dict[str, int] = {}
-        sequences: dict[str, Sequence] = {}
-        new: list[NewRequest] = []
-        new_block_ids: dict[str, list[int]] = {}
-        preempted = False
-        has_prefill = False
-
-        # Decodes before chunks of prompts, each in order of service.
-        decoding: list[tuple[Sequence, int]] = []
-        prefilling: list[tuple[Sequence, int]] = []
-        for seq in self._running:
-            pending = seq.num_pending_tokens
-            num_tokens = len(seq.token_ids) + pending
-            # Tokens on their way may be the last it can have, or tell what may follow.
-            if pending and (num_tokens >= seq.max_num_tokens or seq.grammar is not None):
-                continue
-            uncomputed = num_tokens - seq.num_computed_tokens
-            (decoding if uncomputed == 1 else prefilling).append((seq, uncomputed))
-        block_size = self.blocks.block_size
-        running = SequenceStatus.RUNNING
-        for seq, uncomputed in decoding + prefilling:
-            if budget == 0:
+        decodes, others = self._split_running()
+        step = _Step(self.limits.max_num_batched_tokens, decodes)
+        if not self._add_decodes(step):  # one by one then, as some can't run
+            step.decodes = SequenceGroup([])
+            others = [seq for seq in self._running if seq.num_uncomputed_tokens == 1]
+            others += [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
+        for seq in others:
+            if step.budget == 0:
                 break
-            if preempted and seq.status is not running:
-                continue  # preempted below for the sake of an earlier one
-            count = uncomputed if uncomputed < budget else budget
-            end = seq.num_computed_tokens + count
-            if end > len(seq.block_ids) * block_size:
-                new_blocks = self.blocks.grow(seq, end)
-                while new_blocks is None:
-                    victim = self._running[-1]
-                    self._preempt(victim)
-                    preempted = True
-                    if sequences.pop(victim.request_id, None) is not None:
-                        budget += scheduled.pop(victim.request_id)
-                        new_block_ids.pop(victim.request_id, None)
-                    if victim is seq:
-                        break
-                    new_blocks = self.blocks.grow(seq, end)
-                if new_blocks is None:
-                    continue
-                new_block_ids[seq.request_id] = new_blocks
-            scheduled[seq.request_id] = count
-            sequences[seq.request_id] = seq
-            budget -= count
-            has_prefill = has_prefill or count > 1
-
+            self._add_running(step, seq)
         # A step that had to preempt admits nobody: the newcomer would be the next victim.
-        while budget > 0 and not preempted and self._num_waiting and len(self._running) < self.limits.max_num_seqs:
+        if step.has_preempted:
+            step.decodes = step.decodes.take(step.decodes.indices_of_running())
+        else:
+            self._admit_waiting(step)
+        removed += self._removed
+        self._removed = []
+        if not step.decodes.sequences and not step.scheduled:
+            self._removed = removed
+            return None
+        return self._start(step, removed)
+
+    def update(self, batch: ScheduledBatch, output: ModelOutput) -> StepOutputs:
+        """Take in what the oldest scheduled step computed: append, finish, free."""
+        step = self._in_flight.popleft()
+        if step.has_prefill:
+            self._last_prefill_seconds = self._clock() - step.started
+        results = StepOutputs()
+        decodes, others = step.decodes, list(step.scheduled)
+        num_decodes = len(decodes.sequences)
+        if output.request_ids[:num_decodes] == decodes.request_ids:
+            tokens = output.token_ids[:num_decodes]
+            if step.num_finished != self._num_finished:  # some ended or were aborted while the step ran
+                alive = decodes.indices_of_unfinished()
+                decodes, tokens = decodes.take(alive), [tokens[i] for i in alive]
+            self._update_decodes(decodes, tokens, results)
+        else:
+            num_decodes, others = 0, decodes.sequences + others
+        if others:
+            token_of = dict(zip(output.request_ids[num_decodes:], output.token_ids[num_decodes:], strict=True))
+            for seq in others:
+                if seq.status is not SequenceStatus.FINISHED:
+                    self._update_one(seq, token_of.get(seq.request_id), output, results)
+        return results
+
+    def check(self) -> None:
+        """Assert the invariants between requests and blocks; cheap enough for when the engine is idle."""
+        assert all(s.status is SequenceStatus.RUNNING for s in self._running)
+        assert self._running == sorted(self._running, key=lambda s: s.sort_key)
+        assert len(self._running) <= self.limits.max_num_seqs
+        assert len(self._running) + self._num_waiting == len(self._sequences)
+        self.blocks.check(self._running)
+
+    def _split_running(self) -> tuple[SequenceGroup, list[Sequence]]:
+        """Running sequences with tokens to compute: plain decodes, and others in the order they are served."""
+        if self._running_group is None:
+            self._running_group = SequenceGroup(self._running)
+        group, table = self._running_group, self._table
+        rows = group.rows
+        num_tokens = table.num_tokens[rows]
+        uncomputed = num_tokens - table.num_computed[rows]
+        # Tokens on their way may be the last it can have.
+        is_ready = (num_tokens < table.max_num_tokens[rows]) | (num_tokens == table.num_known[rows])
+        is_decode = is_ready & (uncomputed == 1)
+        is_plain = is_decode & (table.is_plain[rows] != 0)
+        if is_plain.all():
+            return group, []
+        others = [*np.flatnonzero(is_decode & ~is_plain).tolist(), *np.flatnonzero(is_ready & ~is_decode).tolist()]
+        return group.take(np.flatnonzero(is_plain).tolist()), [group.sequences[i] for i in others]
+
+    def _add_decodes(self, step: _Step) -> bool:
+        """All of step.decodes, with a block for each that needs one. False, and no change, if they can't all run."""
+        sequences, rows = step.decodes.sequences, step.decodes.rows
+        ends = self._table.num_computed[rows] + 1
+        growing = np.flatnonzero(ends > self._table.capacity[rows])
+        if len(sequences) > step.budget or len(growing) > self.blocks.num_free_blocks:
+            return False
+        for i in growing.tolist():
+            new_blocks = self.blocks.grow(sequences[i], int(ends[i]))
+            assert new_blocks is not None
+            step.new_block_ids[sequences[i].request_id] = new_blocks
+        step.budget -= len(sequences)
+        return True
+
+    def _add_running(self, step: _Step, seq: Sequence) -> None:
+        """As many of its tokens as the budget allows; preempts those served last until there are blocks for them."""
+        if seq.status is not SequenceStatus.RUNNING:
+            return  # preempted for the sake of an earlier one
+        # Tokens on their way may be the last it can have, or tell what may follow.
+        if seq.num_pending_tokens and (seq.num_tokens >= seq.max_num_tokens or seq.grammar is not None):
+            return
+        count = min(seq.num_uncomputed_tokens, step.budget)
+        end = seq.num_computed_tokens + count
+        if end > seq.capacity:
+            new_blocks = self.blocks.grow(seq, end)
+            while new_blocks is None:
+                victim = self._running[-1]
+                self._preempt(victim)
+                step.has_preempted = True
+                step.budget += step.scheduled.pop(victim, 0)
+                step.new_block_ids.pop(victim.request_id, None)
+                if victim is seq:
+                    return
+                new_blocks = self.blocks.grow(seq, end)
+            step.new_block_ids[seq.request_id] = new_blocks
+        step.scheduled[seq] = count
+        step.budget -= count
+        step.has_prefill = step.has_prefill or count > 1
+
+    def _admit_waiting(self, step: _Step) -> None:
+        while step.budget > 0 and self._num_waiting and len(self._running) < self.limits.max_num_seqs:
             seq = self._peek_waiting()
             if not self._may_admit(seq):
                 break
@@ -175,11 +254,11 @@ class Scheduler:
             seq.num_computed_tokens = len(hit) * self.blocks.block_size
             if seq.num_preemptions == 0:
                 seq.num_cached_tokens = seq.num_computed_tokens
-            count = min(seq.num_uncomputed_tokens, budget)
+            count = min(seq.num_uncomputed_tokens, step.budget)
             grown = self.blocks.grow(seq, seq.num_computed_tokens + count)
             assert grown is not None
             self._insert_running(seq)
-            new.append(
+            step.new_requests.append(
                 NewRequest(
                     request_id=seq.request_id,
                     token_ids=seq.token_ids[:],
@@ -189,104 +268,95 @@ class Scheduler:
                     num_computed_tokens=seq.num_computed_tokens,
                 )
             )
-            scheduled[seq.request_id] = count
-            sequences[seq.request_id] = seq
-            budget -= count
-            has_prefill = True
+            step.scheduled[seq] = count
+            step.budget -= count
+            step.has_prefill = True
 
-        removed += self._removed
-        self._removed = []
-        if not scheduled:
-            self._removed = removed
-            return None
-        step = list(sequences.values())
-        for seq, count in zip(step, scheduled.values(), strict=True):
-            seq.num_computed_tokens = computed = seq.num_computed_tokens + count
-            if computed == len(seq.token_ids) + seq.num_pending_tokens:
-                seq.num_pending_tokens += 1
-        self._in_flight.append(_Step(step, self._clock(), has_prefill))
+    def _start(self, step: _Step, removed: list[str]) -> ScheduledBatch:
+        """Count the step's tokens as computed, and one more for each request that samples as pending."""
+        rows = step.decodes.rows
+        self._table.num_computed[rows] += 1
+        self._table.num_tokens[rows] += 1
+        num_scheduled_tokens = dict.fromkeys(step.decodes.request_ids, 1)
+        token_masks = {}
+        for seq, count in step.scheduled.items():
+            num_scheduled_tokens[seq.request_id] = count
+            seq.num_computed_tokens += count
+            if seq.num_computed_tokens == seq.num_tokens:
+                seq.num_tokens += 1
+            if seq.grammar is not None and seq.num_pending_tokens:
+                token_masks[seq.request_id] = seq.grammar.mask(seq.params.ignore_eos)
+        step.started, step.num_finished = self._clock(), self._num_finished
+        self._in_flight.append(step)
         return ScheduledBatch(
-            new_requests=new,
-            new_block_ids=new_block_ids,
-            num_scheduled_tokens=scheduled,
+            new_requests=step.new_requests,
+            new_block_ids=step.new_block_ids,
+            num_scheduled_tokens=num_scheduled_tokens,
             removed_request_ids=removed,
-            total_tokens=self.limits.max_num_batched_tokens - budget,
-            token_masks={
-                seq.request_id: seq.grammar.mask(seq.params.ignore_eos)
-                for seq in step
-                if seq.grammar is not None and seq.num_pending_tokens
-            },
+            total_tokens=len(step.decodes.sequences) + sum(step.scheduled.values()),
+            token_masks=token_masks,
         )
 
-    def update(self, batch: ScheduledBatch, output: ModelOutput) -> list[EngineOutput]:
-        """Take in what the oldest scheduled step computed: append, finish, free."""
-        step = self._in_flight.popleft()
-        if step.has_prefill:
-            self._last_prefill_seconds = self._clock() - step.started
-        results: list[EngineOutput] = []
-        block_size = self.blocks.block_size
-        sampled_token_ids, errors = output.sampled_token_ids, output.errors
-        running, finished = SequenceStatus.RUNNING, SequenceStatus.FINISHED
-        for seq in step.sequences:
-            if seq.status is finished:
-                continue  # ended or aborted while the step ran
-            request_id = seq.request_id
-            if errors and (error := errors.get(request_id)) is not None:
-                results.append(
-                    EngineOutput(request_id=request_id, new_token_ids=[], finish_reason="error", error=error)
-                )
-                self._finish(seq)
-                continue
-            sampled = sampled_token_ids.get(request_id)
-            if sampled:
-                seq.num_pending_tokens -= 1
-                results.append(self._take_tokens(seq, sampled, output))
-            full = seq.num_computed_tokens >= (seq.num_registered_blocks + 1) * block_size
-            if full and seq.status is running:
-                self.blocks.register_computed(seq)
-        return results
+    def _update_decodes(self, group: SequenceGroup, tokens: list[int], results: StepOutputs) -> None:
+        """A token for each; only those that may end with it, or have filled a block, are looked at one by one."""
+        if not group.sequences:
+            return
+        for seq, token in zip(group.sequences, tokens, strict=True):
+            seq.token_ids.append(token)
+        rows, table = group.rows, self._table
+        known = table.num_known[rows] + 1
+        table.num_known[rows] = known
+        for i in np.flatnonzero(table.num_computed[rows] >= table.registers_at[rows]).tolist():
+            self.blocks.register_computed(group.sequences[i])
+        at_end = np.flatnonzero(known >= table.max_num_tokens[rows]).tolist()
+        stops = group.stop_token_ids
+        if not stops.isdisjoint(tokens):
+            at_end = sorted({*at_end, *(i for i, token in enumerate(tokens) if token in stops)})
+        results.request_ids, results.token_ids = group.request_ids, tokens
+        endings = [(i, ending) for i in at_end if (ending := group.sequences[i].ending(tokens[i])) is not None]
+        if not endings:
+            return
+        results.request_ids = group.request_ids[:]
+        for i, ending in reversed(endings):  # from the back, so that the places in front stay
+            result = EngineOutput(request_id=results.request_ids.pop(i), new_token_ids=[tokens.pop(i)])
+            self._end(group.sequences[i], result, *ending)
+            results.others.append(result)
 
-    def check(self) -> None:
-        """Assert the invariants between requests and blocks; cheap enough for when the engine is idle."""
-        assert all(s.status is SequenceStatus.RUNNING for s in self._running)
-        assert self._running == sorted(self._running, key=lambda s: s.sort_key)
-        assert len(self._running) <= self.limits.max_num_seqs
-        assert len(self._running) + self._num_waiting == len(self._sequences)
-        self.blocks.check(self._running)
+    def _update_one(self, seq: Sequence, token: int | None, output: ModelOutput, results: StepOutputs) -> None:
+        request_id = seq.request_id
+        if (error := output.errors.get(request_id)) is not None:
+            self._finish(seq)
+            results.others.append(
+                EngineOutput(request_id=request_id, new_token_ids=[], finish_reason="error", error=error)
+            )
+            return
+        if token is not None:
+            results.others.append(self._take_token(seq, token, output))
+        if seq.status is SequenceStatus.RUNNING and seq.num_computed_tokens >= seq.registers_at:
+            self.blocks.register_computed(seq)
 
-    def _take_tokens(self, seq: Sequence, sampled: list[int], output: ModelOutput) -> EngineOutput:
-        taken, reason, stop_reason = self._append(seq, sampled)
+    def _take_token(self, seq: Sequence, token: int, output: ModelOutput) -> EngineOutput:
+        seq.append(token)
+        is_last = seq.grammar is not None and seq.grammar.takes_last(token)
         if seq.grammar is not None and seq.grammar.error is not None:
             self._finish(seq)
             return seq.grammar.failure(seq.request_id)
-        if reason is not None:
-            self.blocks.register_computed(seq)
-            self._finish(seq)
-        result = EngineOutput(
-            request_id=seq.request_id,
-            new_token_ids=taken,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            num_cached_tokens=seq.num_cached_tokens,
-        )
-        if output.logprobs and (logprobs := output.logprobs.get(seq.request_id)) is not None:
-            result.new_logprobs = logprobs[: len(taken)]
-        if output.prompt_logprobs:
-            result.prompt_logprobs = output.prompt_logprobs.get(seq.request_id)
+        result = EngineOutput(request_id=seq.request_id, new_token_ids=[token], num_cached_tokens=seq.num_cached_tokens)
+        if is_last:
+            self._end(seq, result, "stop", token if token in seq.stop_token_ids else None)
+        elif (ending := seq.ending(token)) is not None:
+            self._end(seq, result, *ending)
+        else:
+            seq.is_plain = seq.grammar is None and seq.params.logprobs is None
+        if (logprobs := output.logprobs.get(seq.request_id)) is not None:
+            result.new_logprobs = logprobs
+        result.prompt_logprobs = output.prompt_logprobs.get(seq.request_id)
         return result
 
-    def _append(self, seq: Sequence, sampled: list[int]) -> tuple[list[int], str | None, int | None]:
-        """Append tokens up to the one that ends the request: (taken, finish reason, stop token)."""
-        for i, token in enumerate(sampled, start=1):
-            seq.token_ids.append(token)
-            num_known = len(seq.token_ids)
-            if seq.grammar is not None and seq.grammar.takes_last(token):
-                return sampled[:i], "stop", token if token in seq.stop_token_ids else None
-            if token in seq.stop_token_ids and num_known >= seq.min_num_tokens:
-                return sampled[:i], "stop", token
-            if num_known >= seq.max_num_tokens:
-                return sampled[:i], "length", None
-        return sampled, None, None
+    def _end(self, seq: Sequence, result: EngineOutput, reason: str, stop_token: int | None) -> None:
+        result.finish_reason, result.stop_reason = reason, stop_token
+        self.blocks.register_computed(seq)
+        self._finish(seq)
 
     def _may_admit(self, seq: Sequence) -> bool:
         """With a delay factor f, a prompt waits while others run until f x the last prefill's duration is over.
@@ -301,7 +371,7 @@ class Scheduler:
         return waited > self.limits.delay_factor * self._last_prefill_seconds
 
     def _preempt(self, seq: Sequence) -> None:
-        self._running.remove(seq)
+        self._remove_running(seq)
         self.blocks.free(seq)
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1
@@ -312,18 +382,25 @@ class Scheduler:
 
     def _finish(self, seq: Sequence) -> None:
         if seq.status is SequenceStatus.RUNNING:
-            self._running.remove(seq)
+            self._remove_running(seq)
             self._removed.append(seq.request_id)
             self.blocks.free(seq)
         else:
             self._num_waiting -= 1  # its heap entry is skipped when it comes up
         seq.status = SequenceStatus.FINISHED
+        self._num_finished += 1
+        self._table.give_back(seq.row)
         del self._sequences[seq.request_id]
         del self._waiting_since[seq.request_id]
 
     def _insert_running(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
         bisect.insort(self._running, seq, key=lambda s: s.sort_key)
+        self._running_group = None
+
+    def _remove_running(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._running_group = None
 
     def _push_waiting(self, seq: Sequence) -> None:
         heapq.heappush(self._waiting, (seq.sort_key, seq))

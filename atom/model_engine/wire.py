@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from atom.model_engine.protocol import EngineOutput, EngineRequest
+from atom.model_engine.protocol import EngineRequest, StepOutputs
 
-PROTOCOL_VERSION = 3  # raise it with every change of a message
+PROTOCOL_VERSION = 4  # raise it with every change of a message
 
 
 class _Message(msgspec.Struct, array_like=True, tag=True):
@@ -71,7 +71,7 @@ class StartFailed(_Message):
 class Outputs(_Message):
     """Everything one step produced, and the state after it."""
 
-    outputs: list[EngineOutput]
+    outputs: StepOutputs
     stats: dict[str, float]
 
 

@@ -38,9 +38,8 @@ def run(capsys, monkeypatch):
     gc.collect()
 
 
-def test_generate_streams_one_prompt():
-    command = [*ATOM, "generate", "The capital of France is", *SMALL, "--temperature", "0", "--max-tokens", "8"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+def test_generate_one_prompt(run):
+    result = run("generate", "The capital of France is", *SMALL, "--temperature", "0", "--max-tokens", "8")
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
     assert "tokens/s" in result.stderr
@@ -117,7 +116,7 @@ def test_config_has_a_memory_plan(run):
     assert plan["cache_bytes"] == plan["num_blocks"] * plan["bytes_per_block"]
 
 
-def test_ctrl_c_ends_without_a_trace():
+def test_it_streams_and_ctrl_c_ends_it_without_a_trace():
     command = [*ATOM, "generate", "Once upon a time", *SMALL, "--max-tokens", "200", "--ignore-eos"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.read(1)  # it is generating

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import FAMILIES, make_checkpoint
+from tiny_models import FAMILIES, make_model
 
 from atom.config import config_from_kwargs
 from atom.model_engine.engine_client import make_client
@@ -18,26 +18,37 @@ PROMPT_LENGTHS = [23, 1, 2, 15, 16, 17, 31, 33, 48, 64, 65, 70, 7, 90, 40, 3, 55
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def family(request, tmp_path_factory):
     """(checkpoint, prompts, transformers' greedy continuations)"""
-    from transformers import AutoModelForCausalLM
-
-    path = make_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = make_model(request.param)
+    path = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(path)
     vocab = model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
     prompts[8][:32] = prompts[10][:32]  # a shared prefix
-    return path, prompts, [greedy(model, p) for p in prompts]
+    return path, prompts, greedy(model, prompts, run(client_of(path), prompts, ""))
 
 
-def greedy(model, prompt):
-    tokens, cache, ids = [], None, torch.tensor([prompt])
-    with torch.inference_mode():
-        for _ in range(NUM_OUTPUT):
-            out = model(ids, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            tokens.append(int(out.logits[0, -1].argmax()))
-            ids = torch.tensor([[tokens[-1]]])
-    return tokens
+def greedy(model, prompts, guesses):
+    """What transformers continues the prompts with: of a guess each token that is the likeliest after those before it.
+
+    One pass tells whether a guess is right; a wrong one ends with the token that should have come.
+    """
+    expected = []
+    for prompt, guess in zip(prompts, guesses, strict=True):
+        with torch.inference_mode():
+            likeliest = model(torch.tensor([prompt + guess])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+        right = next((i for i, pair in enumerate(zip(guess, likeliest, strict=True)) if pair[0] != pair[1]), NUM_OUTPUT)
+        expected.append(likeliest[: right + 1])
+    return expected
+
+
+def client_of(path, **settings):
+    return make_client(
+        config_from_kwargs(
+            str(path), torch_dtype="float32", device="cpu", enforce_eager=True, max_model_len=192,
+            **({"max_num_batched_tokens": 4096} | settings),
+        )
+    )  # fmt: skip
 
 
 def run(client, prompts, tag, num_output=NUM_OUTPUT):
@@ -61,18 +72,12 @@ def test_greedy_tokens_equal_transformers(family, chunked, prefix, block_size, p
     path, prompts, expected = family
     longest = max(PROMPT_LENGTHS) + NUM_OUTPUT
     capacity = 3 * longest if preempt else 32 * longest  # tokens; three long requests at most fit when preempting
-    client = make_client(
-        config_from_kwargs(
-            str(path),
-            torch_dtype="float32",
-            device="cpu",
-            enforce_eager=True,
-            max_model_len=192,
-            max_num_batched_tokens=19 if chunked else 4096,
-            enable_prefix_caching=prefix,
-            kv_cache_block_size=block_size,
-            num_kvcache_blocks=-(-capacity // block_size),
-        )
+    client = client_of(
+        path,
+        max_num_batched_tokens=19 if chunked else 4096,
+        enable_prefix_caching=prefix,
+        kv_cache_block_size=block_size,
+        num_kvcache_blocks=-(-capacity // block_size),
     )
     assert run(client, prompts[:1], "alone-") == expected[:1]
     assert run(client, prompts, "batched-") == expected

@@ -10,6 +10,7 @@ from atom.model_engine.output_processor import OutputKind
 from atom.utils.errors import ConfigError, ModelLoadError, RequestError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+SHORT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 TEXTS = ["The capital of France is", "Once upon a time", "One, two, three,"]
 MAX_MODEL_LEN = 256
 
@@ -25,17 +26,17 @@ def texts(outputs):
 
 
 def test_one_prompt_or_many_in_every_form(llm):
-    expected = texts(llm.generate(TEXTS, GREEDY))
+    expected = texts(llm.generate(TEXTS, SHORT))
     assert "Paris" in expected[0]
     ids = [llm.get_tokenizer().encode(text) for text in TEXTS]
-    assert texts(llm.generate(ids, GREEDY)) == expected
-    assert texts(llm.generate([{"prompt_token_ids": i} for i in ids], GREEDY)) == expected
-    assert texts(llm.generate([{"prompt": t} for t in TEXTS], GREEDY)) == expected
+    assert texts(llm.generate(ids, SHORT)) == expected
+    assert texts(llm.generate([{"prompt_token_ids": i} for i in ids], SHORT)) == expected
+    assert texts(llm.generate([{"prompt": t} for t in TEXTS], SHORT)) == expected
     for prompt in (TEXTS[1], ids[1], {"prompt": TEXTS[1]}):
-        (output,) = llm.generate(prompt, GREEDY)
+        (output,) = llm.generate(prompt, SHORT)
         assert output.outputs[0].text == expected[1]
         assert output.prompt_token_ids == ids[1]
-    assert llm.generate([], GREEDY) == []
+    assert llm.generate([], SHORT) == []
 
 
 def test_parameters_of_each_prompt(llm):

@@ -28,10 +28,18 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, tiny):
-    """A server that these tests only use."""
+    """A server that these tests only use, until the last one ends it."""
     with live_server(
         tmp_path_factory.mktemp("shared"), *FLAGS, "--log-requests", "--read-timeout", "1", model=tiny
     ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def restarting(tmp_path_factory, tiny):
+    """A server whose core may die, until a test ends it."""
+    flags = ("--restart-engine", "--shutdown-grace", "60")
+    with live_server(tmp_path_factory.mktemp("restarting"), *FLAGS, *flags, model=tiny) as server:
         yield server
 
 
@@ -63,45 +71,6 @@ async def first_token_of(client, **fields):
     return task
 
 
-def test_sigterm_lets_open_streams_end(serve):
-    async def run(server):
-        async with make_client(server.url) as client:
-            task = await first_token_of(client)
-            server.process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.05)
-            if not task.done():
-                with pytest.raises((httpx.HTTPStatusError, httpx.TransportError)):
-                    (await client.post("/v1/completions", json={"prompt": [1], "max_tokens": 1})).raise_for_status()
-            events = await task
-            assert events[-1] == "[DONE]"
-            assert events[-2]["choices"][0]["finish_reason"] == "length"
-
-    with serve() as server:
-        core = core_of(server)
-        asyncio.run(run(server))
-        assert server.process.wait(30) == 0
-        assert not core.is_running()
-
-
-def test_a_second_signal_ends_it_at_once(serve):
-    async def run(server):
-        async with make_client(server.url) as client:
-            task = await first_token_of(client, stream=True)
-            server.process.send_signal(signal.SIGSTOP)  # so that both signals are pending when it goes on
-            server.process.send_signal(signal.SIGINT)
-            server.process.send_signal(signal.SIGTERM)
-            server.process.send_signal(signal.SIGCONT)
-            with pytest.raises(httpx.TransportError):
-                await task
-
-    with serve("--shutdown-grace", "60") as server:
-        core = core_of(server)
-        asyncio.run(run(server))
-        assert server.process.wait(10) in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-        psutil.wait_procs([core], timeout=10)
-        assert not core.is_running()
-
-
 def test_a_signal_while_it_starts_ends_it(tiny):
     command = [sys.executable, "-m", "atom.entrypoints.openai_server", "--model", tiny, "--server-port", "0", *FLAGS]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -116,7 +85,7 @@ def test_a_signal_while_it_starts_ends_it(tiny):
     assert not psutil.wait_procs(cores, timeout=5)[1]
 
 
-def test_a_killed_core_fails_its_requests_and_comes_back(serve):
+def test_a_killed_core_fails_its_requests_and_comes_back(restarting):
     async def run(server):
         async with make_client(server.url) as client:
             expected = token_ids(await stream_completion(client, prompt(1), 20, return_token_ids=True))
@@ -143,8 +112,25 @@ def test_a_killed_core_fails_its_requests_and_comes_back(serve):
             again = token_ids(await stream_completion(client, prompt(1), 20, return_token_ids=True))
             assert again == expected
 
-    with serve("--restart-engine") as server:
-        asyncio.run(run(server))
+    asyncio.run(run(restarting))
+
+
+def test_a_second_signal_ends_it_at_once(restarting):
+    async def run(server):
+        async with make_client(server.url) as client:
+            task = await first_token_of(client, stream=True)
+            server.process.send_signal(signal.SIGSTOP)  # so that both signals are pending when it goes on
+            server.process.send_signal(signal.SIGINT)
+            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGCONT)
+            with pytest.raises(httpx.TransportError):
+                await task
+
+    core = core_of(restarting)
+    asyncio.run(run(restarting))
+    assert restarting.process.wait(10) in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    psutil.wait_procs([core], timeout=10)
+    assert not core.is_running()
 
 
 def test_without_a_restart_it_stays_ill_but_answers(serve):
@@ -227,6 +213,25 @@ def test_many_streams_each_get_their_own_answer(shared):
         assert len({tuple(tokens) for tokens in alone}) > 6
 
     asyncio.run(run(shared))
+
+
+def test_sigterm_lets_open_streams_end(shared):
+    async def run(server):
+        async with make_client(server.url) as client:
+            task = await first_token_of(client)
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.05)
+            if not task.done():
+                with pytest.raises((httpx.HTTPStatusError, httpx.TransportError)):
+                    (await client.post("/v1/completions", json={"prompt": [1], "max_tokens": 1})).raise_for_status()
+            events = await task
+            assert events[-1] == "[DONE]"
+            assert events[-2]["choices"][0]["finish_reason"] == "length"
+
+    core = core_of(shared)
+    asyncio.run(run(shared))
+    assert shared.process.wait(30) == 0
+    assert not core.is_running()
 
 
 @pytest.mark.slow

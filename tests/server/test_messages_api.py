@@ -5,7 +5,6 @@ import asyncio
 import anthropic
 import httpx
 import pytest
-from live import live_server
 
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
 # The client has left the sampling parameters to models; the protocol still has them.
@@ -160,27 +159,26 @@ def test_the_clients_parse_gives_an_object(client):
     assert answer.content[0].text.replace(" ", "").replace("\n", "") in ('{"big":true}', '{"big":false}')
 
 
-def test_every_layer_answers_in_the_protocols_shape(tmp_path):
-    with live_server(tmp_path, "--api-key", "secret", "--max-request-bytes", "5000") as server:
-        client = anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0)
-        with pytest.raises(anthropic.AuthenticationError) as caught:
-            client.messages.create(messages=QUESTION, **GREEDY)
-        assert caught.value.body["error"]["type"] == "authentication_error"
-        assert caught.value.request_id
+def test_every_layer_answers_in_the_protocols_shape(guarded_server):
+    client = anthropic.Anthropic(base_url=guarded_server.url, api_key="wrong", max_retries=0)
+    with pytest.raises(anthropic.AuthenticationError) as caught:
+        client.messages.create(messages=QUESTION, **GREEDY)
+    assert caught.value.body["error"]["type"] == "authentication_error"
+    assert caught.value.request_id
 
-        client = anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0)
-        assert client.messages.create(messages=QUESTION, **GREEDY).content
-        with pytest.raises(anthropic.RequestTooLargeError) as large:
-            client.messages.create(messages=[{"role": "user", "content": "x" * 6000}], **GREEDY)
-        assert large.value.body["error"]["type"] == "request_too_large"
+    client = anthropic.Anthropic(base_url=guarded_server.url, api_key="secret", max_retries=0)
+    assert client.messages.create(messages=QUESTION, **GREEDY).content
+    with pytest.raises(anthropic.RequestTooLargeError) as large:
+        client.messages.create(messages=[{"role": "user", "content": "x" * 6000}], **GREEDY)
+    assert large.value.body["error"]["type"] == "request_too_large"
 
-        headers = {"x-api-key": "secret"}
-        url = f"{server.url}/v1/messages"
-        for answer in (
-            httpx.get(url, headers=headers),
-            httpx.post(f"{url}/absent", headers=headers, json={}),
-            httpx.post(url, headers=headers, content=b"{"),
-            httpx.post(url, headers=headers | {"content-type": "application/json"}, content=b"{"),
-        ):
-            assert answer.status_code in (400, 404, 405, 415)
-            assert answer.json()["type"] == "error"
+    headers = {"x-api-key": "secret"}
+    url = f"{guarded_server.url}/v1/messages"
+    for answer in (
+        httpx.get(url, headers=headers),
+        httpx.post(f"{url}/absent", headers=headers, json={}),
+        httpx.post(url, headers=headers, content=b"{"),
+        httpx.post(url, headers=headers | {"content-type": "application/json"}, content=b"{"),
+    ):
+        assert answer.status_code in (400, 404, 405, 415)
+        assert answer.json()["type"] == "error"

@@ -4,7 +4,6 @@ import time
 
 import httpx
 import pytest
-from live import live_server
 from prometheus_client.parser import text_string_to_metric_families
 
 from atom.entrypoints.openai.metrics import Metrics, StatisticsLine
@@ -92,9 +91,9 @@ def test_a_client_that_leaves_counts_as_an_abort(client):
         assert time.monotonic() < deadline
 
 
-def test_cache_hits_and_lines_of_the_log(tmp_path):
-    flags = ["--log-requests", "--enable-prefix-caching", "--max-num-seqs", "4"]
-    with live_server(tmp_path, *flags) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+def test_cache_hits_and_lines_of_the_log(guarded_server):
+    headers = {"Authorization": "Bearer secret"}
+    with httpx.Client(base_url=guarded_server.url, timeout=60, headers=headers) as client:
         text = "A rather long text that was never seen before, " * 8
         prompt = complete(client, prompt=text)["usage"]["prompt_tokens"]
         before = read(client)
@@ -112,9 +111,12 @@ def test_cache_hits_and_lines_of_the_log(tmp_path):
         assert refused.status_code == 400
         body = {"prompt": "Hi", "max_tokens": 2}
         assert "mine-3" in client.post("/v1/completions", json=body, headers={"X-Request-Id": "mine-3"}).json()["id"]
-    assert "request id=mine-1 method=GET path=/v1/models status=200 seconds=" in server.log
-    assert "request id=mine-2 method=POST path=/v1/completions status=400 seconds=" in server.log
-    assert "a b status" not in server.log
+    deadline = time.monotonic() + 20
+    while "request id=mine-3" not in guarded_server.log:  # written after the answer
+        assert time.monotonic() < deadline
+    assert "request id=mine-1 method=GET path=/v1/models status=200 seconds=" in guarded_server.log
+    assert "request id=mine-2 method=POST path=/v1/completions status=400 seconds=" in guarded_server.log
+    assert "a b status" not in guarded_server.log
 
 
 def test_the_line_of_statistics_tells_what_happened_since_the_last():

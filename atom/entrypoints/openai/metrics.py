@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atom.model_engine.protocol import EngineOutput, EngineRequest
+from atom.model_engine.protocol import EngineRequest, StepOutputs
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
 _FIRST_SECONDS = (
@@ -94,7 +94,7 @@ class Metrics:
         for request in requests:
             self._running[request.request_id] = _Timeline(len(request.prompt_token_ids), now)
 
-    def stepped(self, outputs: Sequence[EngineOutput]) -> None:
+    def stepped(self, outputs: StepOutputs) -> None:
         now = time.monotonic()
         for output in outputs:
             timeline = self._running.get(output.request_id)

@@ -11,7 +11,7 @@ from typing import Any
 from atom import __version__
 from atom.entrypoints.openai.middleware import Receive, Scope, Send
 from atom.model_engine.async_llm_engine import EngineListener
-from atom.model_engine.protocol import EngineOutput, EngineRequest
+from atom.model_engine.protocol import EngineRequest, StepOutputs
 
 _EXPORT_SECONDS = 2.0  # a collector that doesn't answer must not hold up the server's end
 
@@ -94,7 +94,7 @@ class Tracing:
         entry = _Open(span, len(requests), [], time.monotonic())
         self._open.update((request.request_id, entry) for request in requests)
 
-    def stepped(self, outputs: Sequence[EngineOutput]) -> None:
+    def stepped(self, outputs: StepOutputs) -> None:
         self._listener.stepped(outputs)
         for output in outputs:
             entry = self._open.get(output.request_id)

@@ -68,7 +68,7 @@ class FakeWorker:
             }
         for request_id, block_ids in batch.new_block_ids.items():
             self.requests[request_id]["blocks"] += block_ids
-        output = ModelOutput(sampled_token_ids={})
+        output = ModelOutput(request_ids=[], token_ids=[])
         # All writes of a step happen before any read, as in a batched kernel.
         for request_id, count in batch.num_scheduled_tokens.items():
             request = self.requests[request_id]
@@ -86,7 +86,8 @@ class FakeWorker:
                 assert seen == list(enumerate(request["tokens"])), f"{request_id} reads another request's cache"
                 token = self.next_token(request["tokens"])
                 request["tokens"].append(token)
-                output.sampled_token_ids[request_id] = [token]
+                output.request_ids.append(request_id)
+                output.token_ids.append(token)
         return output
 
 

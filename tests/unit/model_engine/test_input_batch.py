@@ -1,4 +1,3 @@
-import numpy as np
 import torch
 
 from atom.model_engine.input_batch import InputBatch
@@ -71,26 +70,21 @@ def test_commit_advances_and_the_sampled_token_is_the_next_input():
     assert step.positions.tolist() == [3]
 
 
-def test_a_token_learnt_late_is_not_given_to_the_rows_next_request():
+def test_a_sampled_token_is_not_given_to_the_rows_next_request():
     batch = make_batch()
     batch.add(new_request("a", [1, 2, 3], [0]))
-    step = batch.prepare(batch_of(a=3))
-    batch.advance(step, torch.tensor([42]))
+    batch.advance(batch.prepare(batch_of(a=3)), torch.tensor([42]))
     batch.remove("a")
-    row = batch.add(new_request("b", [7, 8], [1]))
-    batch.learn(step, np.array([42]))
-    assert batch.num_known[row] == 2
+    batch.add(new_request("b", [7, 8], [1]))
     assert batch.prepare(batch_of(b=2)).input_ids.tolist() == [7, 8]
 
 
-def test_learnt_tokens_need_no_device_look_up():
+def test_a_mixed_step_has_prompt_tokens_and_sampled_ones():
     batch = make_batch()
-    row = batch.add(new_request("a", [1, 2, 3], [0]))
-    step = batch.prepare(batch_of(a=3))
-    batch.advance(step, torch.tensor([42]))
-    batch.learn(step, np.array([42]))
-    batch.last_token[row] = -1
-    assert batch.prepare(batch_of(a=1)).input_ids.tolist() == [42]
+    batch.add(new_request("a", [1, 2, 3], [0]))
+    batch.advance(batch.prepare(batch_of(a=3)), torch.tensor([42]))
+    batch.add(new_request("b", [7, 8, 9], [1]))
+    assert batch.prepare(batch_of(a=1, b=3)).input_ids.tolist() == [42, 7, 8, 9]
 
 
 def test_rows_are_reused_without_leaking_the_earlier_request():

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from atom.model_engine.detokenizer import DetokenizerFactory, _byte_alphabet
 from atom.model_engine.input_processor import InputProcessor
 from atom.model_engine.output_processor import OutputKind, OutputProcessor
-from atom.model_engine.protocol import EngineOutput, TokenLogprobs
+from atom.model_engine.protocol import EngineOutput, StepOutputs, TokenLogprobs
 from atom.sampling_params import SamplingParams
 
 END = 256
@@ -35,7 +35,7 @@ class Harness:
         self.output.add(self.input.process(request_id, [65], SamplingParams(**params)), kind)
 
     def step(self, *outputs):
-        return self.output.process(list(outputs))
+        return self.output.process(StepOutputs(others=list(outputs)))
 
 
 def out(text="", request_id="r", **kwargs):

@@ -60,6 +60,21 @@ def test_top_k_that_filters_nothing_is_off(state, top_k):
     assert state.build([0]).top_k is None
 
 
+def test_random_numbers_made_ahead_are_of_the_position_reached(state):
+    seeds = np.array([5, 6, 7], dtype=np.uint64)
+    for row in range(3):
+        add(state, row, seed=5 + row)
+    positions = np.zeros(3, dtype=np.int64)
+    for step in range(50):
+        if step in (7, 30):  # one gets a token in a step of its own
+            state.append([1], [4])
+            positions[1] += 1
+        for _ in range(2):  # asking changes nothing
+            np.testing.assert_array_equal(state.build([0, 1, 2]).uniform.numpy(), uniform(seeds, positions))
+        state.append([0, 1, 2], [4, 4, 4])
+        positions += 1
+
+
 def test_random_numbers_are_of_seed_and_position(state):
     add(state, 3, seed=11)
     add(state, 1, seed=-5, output=[9, 9, 9])

@@ -148,9 +148,40 @@ def test_an_error_of_one_request_ends_only_that_one():
     for name in ("a", "b"):
         scheduler.add(make_request(name, [1, 2], 1))
     batch = scheduler.schedule()
-    results = scheduler.update(batch, ModelOutput(sampled_token_ids={"b": [5]}, errors={"a": "broken"}))
+    results = scheduler.update(batch, ModelOutput(request_ids=["b"], token_ids=[5], errors={"a": "broken"}))
     assert {r.request_id: r.finish_reason for r in results} == {"a": "error", "b": "length"}
     assert scheduler.blocks.num_free_blocks == scheduler.blocks.num_blocks
+
+
+def test_an_error_of_a_decode_ends_only_that_one():
+    scheduler, worker = make_scheduler(), FakeWorker(4, 64)
+    for name in ("a", "b", "c"):
+        scheduler.add(make_request(name, [1, 2], 5))
+    for _ in range(2):
+        batch = scheduler.schedule()
+        scheduler.update(batch, worker.execute(batch))
+    batch = scheduler.schedule()
+    results = scheduler.update(batch, ModelOutput(request_ids=["a", "c"], token_ids=[5, 6], errors={"b": "broken"}))
+    assert {r.request_id: (r.new_token_ids, r.finish_reason) for r in results} == {
+        "a": ([5], None), "b": ([], "error"), "c": ([6], None),
+    }  # fmt: skip
+    assert scheduler.num_running == 2
+
+
+def test_tokens_that_begin_or_end_nothing_take_no_object():
+    scheduler, worker = make_scheduler(), FakeWorker(4, 64)
+    for name, max_tokens in (("a", 3), ("b", 4)):
+        scheduler.add(make_request(name, [1, 2], max_tokens))
+    shapes = []
+    while (batch := scheduler.schedule()) is not None:
+        outputs = scheduler.update(batch, worker.execute(batch))
+        shapes.append((outputs.request_ids, [(o.request_id, o.finish_reason) for o in outputs.others]))
+    assert shapes == [
+        ([], [("a", None), ("b", None)]),
+        (["a", "b"], []),
+        (["b"], [("a", "length")]),
+        ([], [("b", "length")]),
+    ]
 
 
 def test_reset_prefix_cache_only_when_idle():
@@ -187,7 +218,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.BLOCKS, self.SIZE, prefix=True, max_num_seqs=4, budget=7, max_model_len=self.BLOCKS * self.SIZE
         )
         self.worker = FakeWorker(self.SIZE, self.BLOCKS)
-        self.live: dict[str, tuple[list[int], int]] = {}
+        self.live: dict[str, tuple[list[int], int, int | None]] = {}
         self.outputs: dict[str, list[int]] = {}
         self.count = 0
         self.in_flight = deque()
@@ -199,14 +230,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         salt=st.sampled_from(["", "x"]),
         priority=st.integers(-1, 1),
+        stop=st.none() | st.integers(0, 96),
+        logprobs=st.booleans(),
     )
-    def add(self, length, token, tail, max_tokens, salt, priority):
+    def add(self, length, token, tail, max_tokens, salt, priority, stop, logprobs):
         name = f"r{self.count}"
         self.count += 1
         prompt = [token] * length + [tail]
-        self.live[name] = (prompt, min(max_tokens, self.BLOCKS * self.SIZE - len(prompt)))
+        self.live[name] = (prompt, min(max_tokens, self.BLOCKS * self.SIZE - len(prompt)), stop)
         self.outputs[name] = []
-        self.scheduler.add(make_request(name, prompt, max_tokens, salt=salt, priority=priority))
+        params = {"stop_token_ids": [] if stop is None else [stop], "logprobs": 0 if logprobs else None}
+        self.scheduler.add(make_request(name, prompt, max_tokens, salt=salt, priority=priority, **params))
 
     @rule()
     def schedule(self):
@@ -237,8 +271,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert out.request_id in self.live
             self.outputs[out.request_id] += out.new_token_ids
             if out.finish_reason:
-                prompt, max_tokens = self.live.pop(out.request_id)
-                assert self.outputs[out.request_id] == reference_output(prompt, max_tokens)
+                expected = reference_output(*self.live.pop(out.request_id))
+                assert self.outputs[out.request_id] == expected
 
     @invariant()
     def blocks_are_neither_lost_nor_wrongly_shared(self):

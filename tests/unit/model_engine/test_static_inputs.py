@@ -90,7 +90,6 @@ class World:
         self.left: dict[str, int] = {}  # tokens that are not computed
         self.length: dict[str, int] = {}
         self.num_blocks: dict[str, int] = {}
-        self.unlearnt = []
         self.count = 0
 
     def add(self):
@@ -143,12 +142,6 @@ class World:
         tokens = torch.tensor([self.rng.randrange(100) for _ in sampling], dtype=torch.int64)
         for batch, step in zip(self.batches, steps, strict=True):
             batch.advance(step, tokens if len(tokens) else None)
-        self.unlearnt.append((steps, tokens.numpy()))
-        if len(self.unlearnt) > 1:  # the host knows a step's tokens after it has prepared the next one
-            steps, values = self.unlearnt.pop(0)
-            for batch, step in zip(self.batches, steps, strict=True):
-                if len(values):
-                    batch.learn(step, values)
 
     def compare(self, step, plain):
         num_tokens, num_requests, num_sampled = len(plain.positions), len(plain.rows), len(plain.sampled_rows)
