@@ -221,7 +221,8 @@ class Bench:
         tiny = {"num_kvcache_blocks": 256, "max_model_len": 600, "device": "cpu"}
         self.client = make_client(
             name, level=options.level, mode=options.mode, cache_dir=options.cache_dir,
-            kv_cache_dtype=options.kv_cache_dtype, max_num_batched_tokens=16384,
+            kv_cache_dtype=options.kv_cache_dtype, attention_backend=options.attention_backend,
+            max_num_batched_tokens=16384,
             **({"max_model_len": 34000} if self.on_gpu else tiny),
         )  # fmt: skip
         self.startup = {"all": time.perf_counter() - started} | log.seconds | self.client.startup
@@ -472,6 +473,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--level", type=int, default=0)
     parser.add_argument("--mode", default="FULL_DECODE_ONLY")
     parser.add_argument("--kv-cache-dtype", default="bf16")
+    parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--cache-dir", default="")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no line of a model after so many")
     parser.add_argument("--in-process", action="store_true", help="run the one model here (used for each by default)")

@@ -13,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from atom.kernels.triton.decode_rows import MOST_HEADS, decode_rows_kernel, first_key, split_length
+from atom.kernels.triton.decode_merge import MOST_COUNTERS, arrivals, arrives_last, merge, merge_parts, parts_at_once
+from atom.kernels.triton.decode_rows import MOST_HEADS, decode_rows_kernel
+from atom.kernels.triton.decode_split import LEAST_KEYS, LONG_KEYS, first_key, split_length
 from atom.kernels.triton.launch import (
     CHIP,
     DECODE_FLOAT8_TILE,
@@ -32,12 +34,11 @@ if CHIP == "hopper":
     from atom.kernels.triton import decode_float8
 
 _LOG2_E = math.log2(math.e)
-_PROGRAMS_PER_MULTIPROCESSOR = 4  # decode programs that should be in flight
-_LEAST_KEYS = 128  # of a split
-_LEAST_KEYS_OF_MANY = 1024  # where requests fill the GPU, so that only long ones need splits
-_MOST_KEYS = 4096  # of a split, so that long requests don't run on alone
+_PROGRAMS_PER_MULTIPROCESSOR = 8  # that decodes should have, so that none waits long for the last
+_PROGRAMS_OF_FEW = 2  # where each more is a part more to merge
+_MOST_LONG_SPLITS = 9  # of a request that is only cut because it is long: programs that find nothing to do cost time
+_MOST_KEYS = 4096  # of a part, however many there are
 _MAX_SPLITS = 128
-_PARTS = 16  # splits merged at a time
 _REQUESTS = 256  # looked at at a time for the one whose tile a program computes
 
 
@@ -119,7 +120,7 @@ def _attend_tile(
     return new_top, total, acc
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_splits", "least"])
+@triton.jit(do_not_specialize=["table_stride", "fill", "num_splits"])
 def _decode_kernel(
     query,
     k_cache,
@@ -131,10 +132,11 @@ def _decode_kernel(
     output,
     parts,
     parts_log,
+    counters,
     scale,
     table_stride,
+    fill,
     num_splits,
-    least,
     query_stride_token,
     query_stride_head,
     output_stride_token,
@@ -153,12 +155,15 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SCALED: tl.constexpr,
     STAGES: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    MERGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Program (kv_head, request, split): GROUP query heads, padded to HEADS, over the split's keys.
 
     The normalized result of a part of the keys and its log2-sum-exp2 go to parts [R, Hq, splits, D] and
-    parts_log [R, Hq, splits]; a result of all keys goes to the output.
+    parts_log [R, Hq, splits], a result of all keys to the output. MERGES: the request's last program merges its parts.
     """
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
@@ -167,7 +172,7 @@ def _decode_kernel(
     split = tl.program_id(2)
     seq_len = tl.load(seq_lens + request)
     first = first_key(seq_len, WINDOW)
-    length = split_length(seq_len - first, num_splits, KEYS, least)
+    length = split_length(seq_len - first, fill, num_splits, KEYS)
     begin = first + split * length
     end = tl.minimum(begin + length, seq_len)
     if (begin >= end) & (split > 0):  # a request of no keys has one part: its output is zero
@@ -214,61 +219,32 @@ def _decode_kernel(
             False,
         )
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    target = output + request * output_stride_token + heads[:, None] * output_stride_head + columns[None, :]
+    target = output + request * output_stride_token + kv_head * GROUP * output_stride_head
     if length < seq_len - first:
-        row = (request * tl.num_programs(0) * GROUP + heads) * num_splits + split
+        place = request * tl.num_programs(0) + kv_head
+        row = (place * GROUP + group) * num_splits + split
         tl.store(parts_log + row, top + tl.log2(total), mask=group < GROUP)
         tl.store(parts + row[:, None] * HEAD_DIM + columns[None, :], acc, mask=inside)
+        if MERGES:
+            num_parts = tl.cdiv(seq_len - first, length)
+            if arrives_last(counters + place, num_parts):
+                merge_parts(
+                    parts,
+                    parts_log,
+                    place * GROUP * num_splits,
+                    num_splits,
+                    num_parts,
+                    target,
+                    output_stride_head,
+                    GROUP,
+                    PADDED_GROUP,
+                    HEAD_DIM,
+                    PADDED,
+                    PARTS,
+                )
     else:
-        tl.store(target, round_to(acc, output.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_splits", "least"])
-def _merge_kernel(
-    parts,
-    parts_log,
-    seq_lens,
-    output,
-    num_splits,
-    least,
-    output_stride_token,
-    output_stride_head,
-    KEYS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Program (head, request): the weighted mean of the request's parts, PARTS at a time, if it has several."""
-    let_next_begin(OVERLAP)
-    wait_for_inputs(OVERLAP)
-    head = tl.program_id(0)
-    request = tl.program_id(1).to(tl.int64)
-    seq_len = tl.load(seq_lens + request)
-    num_keys = seq_len - first_key(seq_len, WINDOW)
-    used = tl.cdiv(num_keys, split_length(num_keys, num_splits, KEYS, least))
-    if used == 1:
-        return
-    columns = tl.arange(0, PADDED)
-    row = (request * tl.num_programs(0) + head) * num_splits
-    top = float("-inf")
-    total = 0.0
-    acc = tl.zeros([PADDED], tl.float32)
-    for start in range(0, used, PARTS):
-        part = start + tl.arange(0, PARTS)
-        logs = tl.load(parts_log + row + part, mask=part < used, other=float("-inf"))
-        inside = (part < used)[:, None] & (columns < HEAD_DIM)[None, :]
-        values = tl.load(parts + (row + part)[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
-        new_top = tl.maximum(top, tl.max(logs, axis=0))
-        weights = tl.exp2(logs - new_top)
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, axis=0)
-        acc = acc * fade + tl.sum(weights[:, None] * values, axis=0)
-        top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    target = output + request * output_stride_token + head * output_stride_head + columns
-    tl.store(target, round_to(acc, output.dtype.element_ty), mask=columns < HEAD_DIM)
+        at_output = target + group[:, None] * output_stride_head + columns[None, :]
+        tl.store(at_output, round_to(acc, output.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_decodes", "num_requests"])
@@ -420,7 +396,6 @@ def _prefill_kernel(
 
 _launch_decode = Launcher(_decode_kernel)
 _launch_decode_rows = Launcher(decode_rows_kernel)
-_launch_merge = Launcher(_merge_kernel)
 _launch_prefill = Launcher(_prefill_kernel)
 
 
@@ -445,6 +420,7 @@ def paged_attention(
     _, num_heads, head_dim = query.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
+    padded_group = next_power_of_2(group)
     padded = max(16, next_power_of_2(head_dim))
     itemsize = query.element_size()
     scaled = k_scale is not None
@@ -466,8 +442,8 @@ def paged_attention(
     if num_decodes:
         num_keys = min(max_seq_len, sliding_window) if sliding_window else max_seq_len
         groups, multiprocessors = num_decodes * num_kv_heads, num_multiprocessors(query.device)
-        splits = num_splits(groups, num_keys, multiprocessors)
-        least = _LEAST_KEYS if groups < multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR else _LEAST_KEYS_OF_MANY
+        fill, splits = num_splits(groups, num_keys, multiprocessors)
+        merges = splits > 1 and has_few_groups(groups, multiprocessors)
         overlap = overlap_options(query.device)
         if splits > 1:
             parts = torch.empty((num_decodes, num_heads, splits, head_dim), dtype=torch.float32, device=query.device)
@@ -475,8 +451,11 @@ def paged_attention(
         else:
             parts = parts_log = _no_parts(query.device)
         grid = num_kv_heads, num_decodes, splits
-        pointers = query, k_cache, v_cache, k_scale, v_scale, seq_lens, block_table, output, parts, parts_log
-        numbers = scale, table_stride, splits, least
+        pointers = (
+            *(query, k_cache, v_cache, k_scale, v_scale, seq_lens, block_table),
+            *(output, parts, parts_log, arrivals(query.device)),
+        )
+        numbers = scale, table_stride, fill, splits
         if scaled and _float8_has_kernel(query, k_cache, group):
             tile = DECODE_FLOAT8_TILE
             rows = -(-group // tile.rows) * tile.rows
@@ -486,40 +465,38 @@ def paged_attention(
                 grid,
                 pointers,
                 (*numbers, *strides[:4], in_words[0], in_words[2], *strides[7:]),
-                (group, rows, tile.num_warps, subtiles, in_words[1], block_size, head_dim, sliding_window),
+                (
+                    *(group, rows, tile.num_warps, subtiles, in_words[1], block_size, head_dim, sliding_window),
+                    *(LEAST_KEYS, LONG_KEYS, padded_group, parts_at_once(padded_group, padded, tile.num_warps), merges),
+                ),
                 num_warps=tile.num_warps,
                 **overlap,
             )
         elif scaled and group <= MOST_HEADS:
             tile = decode_rows_tile(groups >= 8 * multiprocessors)
+            at_once = parts_at_once(group, padded, tile.num_warps)
             _launch_decode_rows(
                 grid,
                 pointers,
                 (*numbers, *strides),
-                (group, tile.columns, block_size, head_dim, padded, sliding_window, tile.num_stages),
+                (group, tile.columns, block_size, head_dim, padded, sliding_window, tile.num_stages, at_once, merges),
                 num_warps=tile.num_warps,
                 **overlap,
             )
         else:
             tile = decode_tile(padded, itemsize, k_cache.element_size())
-            rows = max(tile.rows, next_power_of_2(group))
+            rows = max(tile.rows, padded_group)
+            sizes = group, rows, tile.columns, block_size, head_dim, padded, sliding_window, scaled, tile.num_stages
             _launch_decode(
                 grid,
                 pointers,
                 (*numbers, *strides),
-                (group, rows, tile.columns, block_size, head_dim, padded, sliding_window, scaled, tile.num_stages),
+                (*sizes, padded_group, parts_at_once(padded_group, padded, tile.num_warps), merges),
                 num_warps=tile.num_warps,
                 **overlap,
             )
-        if splits > 1:
-            _launch_merge(
-                (num_heads, num_decodes, 1),
-                (parts, parts_log, seq_lens, output),
-                (splits, least, output.stride(0), output.stride(1)),
-                (tile.columns, head_dim, padded, sliding_window, _PARTS),
-                num_warps=2,
-                **overlap,
-            )
+        if splits > 1 and not merges:
+            merge(parts, parts_log, seq_lens, output, fill, tile.columns, padded, sliding_window, **overlap)
     if num_requests > num_decodes:
         # Queries that fill the chip run best in many small programs; a few need all the warps they can get.
         work = (query.shape[0] - num_decodes) * num_kv_heads * group
@@ -572,10 +549,17 @@ def _no_parts(device: torch.device) -> torch.Tensor:
     return torch.empty(4, dtype=torch.float32, device=device)
 
 
-def num_splits(num_groups: int, num_keys: int, multiprocessors: int) -> int:
-    """Parts to cut each request's keys into: enough programs to fill the GPU, parts neither tiny nor long.
+def num_splits(num_groups: int, num_keys: int, multiprocessors: int) -> tuple[int, int]:
+    """(parts to cut a request's keys into so that programs fill the GPU, the most parts that any request gets).
 
-    num_groups: requests x KV heads; num_keys: of the longest request.
+    num_groups: requests x KV heads; num_keys: of the longest request that there may be.
     """
-    wanted = max(multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // num_groups, -(-num_keys // _MOST_KEYS))
-    return max(1, min(wanted, -(-num_keys // _LEAST_KEYS), _MAX_SPLITS))
+    programs = _PROGRAMS_OF_FEW if has_few_groups(num_groups, multiprocessors) else _PROGRAMS_PER_MULTIPROCESSOR
+    fill = max(1, multiprocessors * programs // num_groups)
+    most = max(fill, min(-(-num_keys // LONG_KEYS), _MOST_LONG_SPLITS), -(-num_keys // _MOST_KEYS))
+    return fill, max(1, min(most, -(-num_keys // LEAST_KEYS), _MAX_SPLITS))
+
+
+def has_few_groups(num_groups: int, multiprocessors: int) -> bool:
+    """Whether requests x KV heads are so few that each one's parts are merged by its last program."""
+    return num_groups <= min(multiprocessors // 4, MOST_COUNTERS)

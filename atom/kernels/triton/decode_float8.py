@@ -199,13 +199,66 @@ def _load_scales(
     return k, v
 
 
-@gluon.jit(do_not_specialize=["table_stride", "num_splits", "least"])
+@gluon.jit
+def _arrives_last(counter, num_parts):
+    """`decode_merge.arrives_last`"""
+    gl.inline_asm_elementwise("bar.sync 0; // $0", "=r", [], gl.int32, False, 1)  # the barrier's name changed in Triton
+    last = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_parts - 1
+    if last:
+        gl.store(counter, 0)
+    return last
+
+
+@gluon.jit
+def _merge_parts(
+    parts, parts_log, first_row, num_splits, num_parts, output, output_stride_head, GROUP: gl.constexpr,
+    PADDED_GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """`decode_merge.merge_parts`"""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 128 // HEAD_DIM, HEAD_DIM // 4], [WARPS, 1, 1], [2, 1, 0])
+    ROWS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    heads = gl.arange(0, PADDED_GROUP, layout=_along(0, 3, LAYOUT))
+    part_of = gl.arange(0, PARTS, layout=_along(1, 3, LAYOUT))
+    columns = gl.arange(0, HEAD_DIM, layout=_along(2, 3, LAYOUT))
+    rows = gl.convert_layout(first_row + heads * num_splits, gl.SliceLayout(1, ROWS))
+    here = gl.convert_layout(part_of, gl.SliceLayout(0, ROWS))
+    real = gl.convert_layout(heads, gl.SliceLayout(1, ROWS)) < GROUP
+    top = gl.full([PADDED_GROUP], float("-inf"), gl.float32, layout=gl.SliceLayout(1, ROWS))
+    total = gl.zeros([PADDED_GROUP], gl.float32, layout=gl.SliceLayout(1, ROWS))
+    acc = gl.zeros([PADDED_GROUP, HEAD_DIM], gl.float32, layout=gl.SliceLayout(1, LAYOUT))
+    for start in range(0, num_parts, PARTS):
+        part = start + here
+        at = rows[:, None] + part[None, :]
+        wanted = real[:, None] & (part < num_parts)[None, :]
+        logs = gl.load(parts_log + at, mask=wanted, other=float("-inf"), cache_modifier=".cg")
+        source = parts + (at * HEAD_DIM)[:, :, None] + columns[None, None, :]
+        inside = wanted[:, :, None] & (columns >= 0)[None, None, :]
+        values = gl.load(source, mask=inside, other=0.0, cache_modifier=".cg")
+        new_top = gl.maximum(top, gl.max(logs, axis=1))
+        reference = gl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = gl.exp2(logs - reference[:, None])
+        fade = gl.exp2(top - reference)
+        total = total * fade + gl.sum(weights, axis=1)
+        fade_here = gl.convert_layout(fade, gl.SliceLayout(1, gl.SliceLayout(1, LAYOUT)))
+        acc = acc * fade_here[:, None] + gl.sum(values * weights[:, :, None], axis=1)
+        top = new_top
+    total = gl.convert_layout(gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, gl.SliceLayout(1, LAYOUT)))
+    acc = acc / total[:, None]
+    head = gl.arange(0, PADDED_GROUP, layout=gl.SliceLayout(1, gl.SliceLayout(1, LAYOUT)))
+    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    target = output + head[:, None] * output_stride_head + column[None, :]
+    exists = (head < GROUP)[:, None] & (column >= 0)[None, :]
+    gl.store(target, acc.to(output.dtype.element_ty), mask=exists)
+
+
+@gluon.jit(do_not_specialize=["table_stride", "fill", "num_splits"])
 def decode_float8_kernel(
     query, k_cache, v_cache, k_scale, v_scale, seq_lens, block_table, output, parts, parts_log,
-    scale, table_stride, num_splits, least, query_stride_token, query_stride_head, output_stride_token,
+    counters, scale, table_stride, fill, num_splits, query_stride_token, query_stride_head, output_stride_token,
     output_stride_head, stride_block, stride_head, scale_stride_block, scale_stride_token,
     GROUP: gl.constexpr, HEADS: gl.constexpr, WARPS: gl.constexpr, SUBTILES: gl.constexpr, STRIDE_TOKEN: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, WINDOW: gl.constexpr, OVERLAP: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, WINDOW: gl.constexpr, LEAST: gl.constexpr, LONG: gl.constexpr,
+    PADDED_GROUP: gl.constexpr, PARTS: gl.constexpr, MERGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """As `attention._decode_kernel`: program (kv_head, request, split); WARPS * SUBTILES * 16 keys a tile.
 
@@ -235,7 +288,8 @@ def decode_float8_kernel(
     if WINDOW > 0:
         first = gl.maximum(seq_len - WINDOW, 0)
     num_keys = seq_len - first
-    length = gl.cdiv(gl.maximum(gl.cdiv(num_keys, num_splits), least), TILE) * TILE
+    most_parts = gl.minimum(gl.maximum(fill, gl.cdiv(num_keys, LONG)), num_splits)
+    length = gl.cdiv(gl.maximum(gl.cdiv(num_keys, most_parts), LEAST), TILE) * TILE  # as `decode_split.split_length`
     begin = first + split * length
     end = gl.minimum(begin + length, seq_len)
     OUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [WARPS, 1], [1, 0])
@@ -331,6 +385,16 @@ def decode_float8_kernel(
         logs = gl.convert_layout(highest + gl.log2(whole) - _LIFT, gl.SliceLayout(1, OUT))
         gl.store(parts_log + row, logs, mask=real)
         gl.store(parts + row[:, None] * HEAD_DIM + columns, result, mask=real[:, None])
+        if MERGES:
+            place = request * gl.num_programs(0) + kv_head
+            num_parts = gl.cdiv(num_keys, length)
+            if _arrives_last(counters + place, num_parts):
+                first_row = place * GROUP * num_splits
+                first_target = output + request * output_stride_token + kv_head * GROUP * output_stride_head
+                _merge_parts(
+                    parts, parts_log, first_row, num_splits, num_parts, first_target, output_stride_head, GROUP,
+                    PADDED_GROUP, HEAD_DIM, PARTS, WARPS,
+                )  # fmt: skip
     else:
         gl.store(target, result.to(output.dtype.element_ty), mask=real[:, None])
 

@@ -8,26 +8,12 @@ used, and never through shared memory, whose bandwidth bounds the tensor-core ke
 import triton
 import triton.language as tl
 
+from atom.kernels.triton.decode_merge import arrives_last, merge_parts
+from atom.kernels.triton.decode_split import first_key, split_length
 from atom.kernels.triton.numerics import round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
 MOST_HEADS = 2  # query heads a key head
-
-
-@triton.jit
-def split_length(num_keys, num_splits, KEYS: tl.constexpr, least):
-    """Keys of one split, a multiple of KEYS: a request is cut into equal parts whatever its length, not too short."""
-    return tl.cdiv(tl.maximum(tl.cdiv(num_keys, num_splits), least), KEYS) * KEYS
-
-
-@triton.jit
-def first_key(seq_len, WINDOW: tl.constexpr):
-    """The first position that the last token sees."""
-    if WINDOW > 0:
-        first = tl.maximum(seq_len - WINDOW, 0)
-    else:
-        first = seq_len * 0
-    return first
 
 
 @triton.jit
@@ -69,7 +55,7 @@ def _store(
         tl.store(output + columns, round_to(result, output.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_splits", "least"])
+@triton.jit(do_not_specialize=["table_stride", "fill", "num_splits"])
 def decode_rows_kernel(
     query,
     k_cache,
@@ -81,10 +67,11 @@ def decode_rows_kernel(
     output,
     parts,
     parts_log,
+    counters,
     scale,
     table_stride,
+    fill,
     num_splits,
-    least,
     query_stride_token,
     query_stride_head,
     output_stride_token,
@@ -101,6 +88,8 @@ def decode_rows_kernel(
     PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    MERGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """As `_decode_kernel`: program (kv_head, request, split). GROUP is 1 or 2."""
@@ -111,7 +100,7 @@ def decode_rows_kernel(
     split = tl.program_id(2)
     seq_len = tl.load(seq_lens + request)
     first = first_key(seq_len, WINDOW)
-    length = split_length(seq_len - first, num_splits, KEYS, least)
+    length = split_length(seq_len - first, fill, num_splits, KEYS)
     begin = first + split * length
     end = tl.minimum(begin + length, seq_len)
     if (begin >= end) & (split > 0):  # a request of no keys has one part: its output is zero
@@ -150,11 +139,31 @@ def decode_rows_kernel(
         top0, total0, acc0 = _step(q0, top0, total0, acc0, k, v, k_gain, v_gain, inside)
         if GROUP > 1:
             top1, total1, acc1 = _step(q1, top1, total1, acc1, k, v, k_gain, v_gain, inside)
-    head = kv_head * GROUP
-    target = output + request * output_stride_token + head * output_stride_head
-    row = (request * tl.num_programs(0) * GROUP + head) * num_splits + split
-    _store(top0, total0, acc0, target, parts, parts_log, row, columns, length < seq_len - first, HEAD_DIM)
+    place = request * tl.num_programs(0) + kv_head
+    first_output = output + request * output_stride_token + kv_head * GROUP * output_stride_head
+    target = first_output
+    first_row = place * GROUP * num_splits
+    row = first_row + split
+    is_part = length < seq_len - first
+    _store(top0, total0, acc0, target, parts, parts_log, row, columns, is_part, HEAD_DIM)
     if GROUP > 1:
         target += output_stride_head
         row += num_splits
-        _store(top1, total1, acc1, target, parts, parts_log, row, columns, length < seq_len - first, HEAD_DIM)
+        _store(top1, total1, acc1, target, parts, parts_log, row, columns, is_part, HEAD_DIM)
+    if MERGES and is_part:
+        num_parts = tl.cdiv(seq_len - first, length)
+        if arrives_last(counters + place, num_parts):
+            merge_parts(
+                parts,
+                parts_log,
+                first_row,
+                num_splits,
+                num_parts,
+                first_output,
+                output_stride_head,
+                GROUP,
+                GROUP,
+                HEAD_DIM,
+                PADDED,
+                PARTS,
+            )

@@ -151,15 +151,20 @@ def gemm_tile(num_tokens: int, itemsize: int, num_outputs: int) -> GemmTile:
 
 
 @cache
-def quant_gemm_tile(num_tokens: int) -> GemmTile:
+def quant_gemm_tile(num_tokens: int, num_rows: int) -> GemmTile:
     """For a dense product of operands in eight bits; k is the group of columns that share a scale."""
     if CHIP == "interpret":
         return GemmTile(16, 64, 128, 4, 1)
     if num_tokens <= 16:
         return GemmTile(16, 32, 128, 4, 6 if CHIP == "hopper" else 2)
+    if CHIP == "cdna3":
+        return GemmTile(64, 64, 128, 4, 2) if num_tokens <= 64 else GemmTile(128, 128, 128, 8, 2)
     if num_tokens <= 64:
-        return GemmTile(64, 64, 128, 4, 4 if CHIP == "hopper" else 2)
-    return GemmTile(128, 128, 128, 8, 3) if CHIP == "hopper" else GemmTile(128, 128, 128, 8, 2)
+        return GemmTile(64, 64, 128, 4, 4) if num_rows >= 16384 else GemmTile(64, 32, 128, 4, 7)
+    # Two programs to a multiprocessor: one scales while the other multiplies.
+    if -(-num_tokens // 64) * -(-num_rows // 128) > 132:
+        return GemmTile(64, 128, 128, 4, 4)
+    return GemmTile(128, 64, 128, 8, 4)
 
 
 @cache

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch.compiler import is_compiling
 
 from atom.kernels.torch import quant_linear as reference
-from atom.kernels.triton.launch import overlap_options, quant_gemm_tile
+from atom.kernels.triton.launch import CHIP, overlap_options, quant_gemm_tile
 from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.linear import BAND, tile_in_band
 from atom.kernels.triton.numerics import dot, round_to
@@ -72,6 +72,7 @@ def _quant_gemm_kernel(
 
 _launch_quant_gemm = Launcher(_quant_gemm_kernel)
 _COLUMNS = 128  # a step's
+_MOST_OF_OURS = 64  # tokens; more are faster in torch's library, where that serves their scales
 
 
 def quant_linear(
@@ -92,9 +93,14 @@ def quant_linear(
     assert group_size in (None, _COLUMNS)
     assert all(t.is_contiguous() for t in (values, scales, prepared, weight_scales))
     num_tokens, size = values.shape
+    if _is_librarys(values, bias, group_size, out_features, dtype):
+        # Without its fast accumulation, whose sums have few bits.
+        return torch._scaled_mm(
+            values, prepared.t(), scale_a=scales, scale_b=weight_scales.t(), bias=bias, out_dtype=dtype
+        )
     out = values.new_empty((num_tokens, out_features), dtype=dtype)
     if num_tokens:
-        tile = quant_gemm_tile(num_tokens)
+        tile = quant_gemm_tile(num_tokens, out_features)
         _launch_quant_gemm(
             (cdiv(num_tokens, tile.m) * cdiv(out_features, tile.n), 1, 1),
             (values, scales, prepared, weight_scales, bias, out),
@@ -105,6 +111,22 @@ def quant_linear(
             **overlap_options(values.device),
         )
     return out
+
+
+def _is_librarys(
+    values: torch.Tensor, bias: torch.Tensor | None, group_size: int | None, out_features: int, dtype: torch.dtype
+) -> bool:
+    """Whether torch's library multiplies: many tokens whose rows have one scale each, on Hopper."""
+    return (
+        CHIP == "hopper"
+        and group_size is None
+        and values.shape[0] > _MOST_OF_OURS
+        and dtype == torch.bfloat16
+        and values.dtype == torch.float8_e4m3fn
+        and values.shape[1] % 16 == out_features % 16 == 0
+        and (bias is None or bias.dtype == dtype)
+        and overlap_options(values.device)["OVERLAP"]
+    )
 
 
 def _quant_linear_like(values: torch.Tensor, *args: Any) -> torch.Tensor:
