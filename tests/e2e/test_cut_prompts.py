@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine_matrix import greedy, run
+from test_engine_matrix import client_of, greedy, run
 from tiny_models import make_model
 
 sys.path.append(str(Path(__file__).parents[1] / "unit/layers/attention"))
@@ -35,7 +35,8 @@ def family(request, tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 160, (n,), generator=generator).tolist() for n in LENGTHS]
     prompts[-2][:80] = prompts[3][:80]
-    return path, prompts, [greedy(model, prompt)[:16] for prompt in prompts]
+    guesses = run(client_of(path, max_model_len=200), prompts, "", 16)
+    return path, prompts, greedy(model, prompts, guesses)
 
 
 class Recorded(LongPrompts):

@@ -37,18 +37,14 @@ def greedy(model, prompts, guesses):
     for prompt, guess in zip(prompts, guesses, strict=True):
         with torch.inference_mode():
             likeliest = model(torch.tensor([prompt + guess])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
-        right = next((i for i, pair in enumerate(zip(guess, likeliest, strict=True)) if pair[0] != pair[1]), NUM_OUTPUT)
+        right = next((i for i, pair in enumerate(zip(guess, likeliest, strict=True)) if pair[0] != pair[1]), len(guess))
         expected.append(likeliest[: right + 1])
     return expected
 
 
 def client_of(path, **settings):
-    return make_client(
-        config_from_kwargs(
-            str(path), torch_dtype="float32", device="cpu", enforce_eager=True, max_model_len=192,
-            **({"max_num_batched_tokens": 4096} | settings),
-        )
-    )  # fmt: skip
+    defaults = {"max_model_len": 192, "max_num_batched_tokens": 4096, "enforce_eager": True}
+    return make_client(config_from_kwargs(str(path), torch_dtype="float32", device="cpu", **(defaults | settings)))
 
 
 def run(client, prompts, tag, num_output=NUM_OUTPUT):
