@@ -13,6 +13,7 @@ from atom.compilation.inductor import Compiled, compile_piece, load_piece
 from atom.compilation.plan import Piece, Plan, make_plan
 from atom.compilation.trace import tensor_at, trace_model
 from atom.forward_context import get_forward_context
+from atom.layers.attention.layer import unified_attention_with_output
 from atom.utils import startup
 from atom.utils.logging import get_logger
 
@@ -139,6 +140,8 @@ def _load(model: nn.Module, cache: CompilationCache) -> CompiledModel | None:
 def _resolve(piece: str, op: str, pieces: dict[str, dict[int | None, Compiled]]) -> dict[int | None, Compiled]:
     if piece:
         return pieces[piece]
+    if op == "aiter.unified_attention_with_output":
+        return {None: unified_attention_with_output}  # as it is: torch's dispatcher would only call it
     namespace, name = op.split(".")
     return {None: getattr(getattr(torch.ops, namespace), name).default}
 

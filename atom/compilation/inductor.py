@@ -12,6 +12,9 @@ from atom.compilation.trace import CompilationError
 
 Compiled = Callable[..., Any]
 
+# Tracing knew the results of our own ops; a check of each in every call takes longer than a small kernel.
+_DEFAULTS = {"size_asserts": False, "alignment_asserts": False}
+
 
 def compile_piece(piece: Piece, size: int | None, options: dict[str, Any], save_to: str | None) -> Compiled:
     """Compile for any number of tokens (size None) or for exactly one; save the artifact when asked.
@@ -24,7 +27,7 @@ def compile_piece(piece: Piece, size: int | None, options: dict[str, Any], save_
             piece.graph,
             examples,
             dynamic_shapes="from_graph" if size is None else "from_example_inputs",
-            options={"config_patches": options},
+            options={"config_patches": {**_DEFAULTS, **options}},
         )
     except Exception as error:
         what = f"piece {piece.key}" + (f" at {size} tokens" if size else "")

@@ -93,7 +93,7 @@ class Attention(Layer):
         self.backend.forward(query, key, value, self.kv_cache, metadata, output)
 
 
-def _unified_attention_with_output(
+def unified_attention_with_output(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor | None,
@@ -101,7 +101,7 @@ def _unified_attention_with_output(
     layer_name: str,
     positions: torch.Tensor | None = None,
 ) -> None:
-    """With positions, `query` is the packed projection, and there are no key and value."""
+    """What the op does; with positions, `query` is the packed projection, and there are no key and value."""
     layer = get_forward_context().layers[layer_name]
     if positions is None:
         layer.attend(query, key, value, output)
@@ -115,5 +115,5 @@ _library.define(
     "unified_attention_with_output(Tensor query, Tensor? key, Tensor? value, Tensor(a!) output, str layer_name, "
     "Tensor? positions=None) -> ()"
 )
-_library.impl("unified_attention_with_output", _unified_attention_with_output, "CompositeExplicitAutograd")
+_library.impl("unified_attention_with_output", unified_attention_with_output, "CompositeExplicitAutograd")
 _library.impl("unified_attention_with_output", lambda *_: None, "Meta")
