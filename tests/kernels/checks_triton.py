@@ -604,7 +604,7 @@ def small_cases() -> list[Case]:
         _case(attention, check_attention, [1], [100], (7, 1), 128, 16, BF16, FN),
         _case(attention, check_attention, [1, 1, 1], [90, 0, 33], (4, 2), 64, 8, BF16, FN),
         # parts merged by the last program of few, and by a kernel of their own
-        _case(attention, check_attention, [1], [2000], (16, 1), 128, 16),
+        _case(attention, check_attention, [1], [2000], (2, 1), 256, 16),
         _case(attention, check_attention, [1], [700], (2, 1), 64, 16, BF16, FN),
         _case(attention, check_attention, [1] * 20, [150] * 19 + [0], (4, 2), 64, 16),
         # whole prompts, chunks, both with decodes

@@ -39,6 +39,7 @@ _PROGRAMS_OF_FEW = 2  # where each more is a part more to merge
 _MOST_LONG_SPLITS = 9  # of a request that is only cut because it is long: programs that find nothing to do cost time
 _MOST_KEYS = 4096  # of a part, however many there are
 _MAX_SPLITS = 128
+_MOST_MERGED_HEADS = 2  # a key head, whose parts one program merges sooner than a kernel of its own begins
 _REQUESTS = 256  # looked at at a time for the one whose tile a program computes
 
 
@@ -443,7 +444,7 @@ def paged_attention(
         num_keys = min(max_seq_len, sliding_window) if sliding_window else max_seq_len
         groups, multiprocessors = num_decodes * num_kv_heads, num_multiprocessors(query.device)
         fill, splits = num_splits(groups, num_keys, multiprocessors)
-        merges = splits > 1 and has_few_groups(groups, multiprocessors)
+        merges = splits > 1 and group <= _MOST_MERGED_HEADS and has_few_groups(groups, multiprocessors)
         overlap = overlap_options(query.device)
         if splits > 1:
             parts = torch.empty((num_decodes, num_heads, splits, head_dim), dtype=torch.float32, device=query.device)
@@ -561,5 +562,5 @@ def num_splits(num_groups: int, num_keys: int, multiprocessors: int) -> tuple[in
 
 
 def has_few_groups(num_groups: int, multiprocessors: int) -> bool:
-    """Whether requests x KV heads are so few that each one's parts are merged by its last program."""
+    """Whether requests x KV heads are so few that even the parts of all leave much of the GPU idle."""
     return num_groups <= min(multiprocessors // 4, MOST_COUNTERS)

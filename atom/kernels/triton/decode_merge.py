@@ -1,8 +1,8 @@
 """Merging the parts of a request whose keys several programs share.
 
-Of few requests the program that ends last does it, which saves a launch; of many a kernel of its own, as the registers
-for it would leave room for fewer programs. Either merges parts in their order, so that results don't depend on which
-program came last.
+Of few requests and heads the program that ends last does it, which saves a launch; of many a kernel of its own, as the
+registers for it would leave room for fewer programs. Either merges parts in their order, so that results don't depend
+on which program came last.
 """
 
 from functools import cache

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 LEAST_KEYS = 128  # of a part, but for the last
-LONG_KEYS = 1536  # of a part, beyond which it would run on alone after shorter requests have ended
+LONG_KEYS = 1024  # of a part, beyond which it would run on alone after shorter requests have ended
 
 
 @triton.jit
