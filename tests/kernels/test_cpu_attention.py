@@ -6,6 +6,7 @@ import torch
 from atom.kernels import cpu
 from atom.kernels.torch import attention as reference
 from atom.kernels.torch import kv_cache as reference_cache
+from atom.kernels.torch import qkv as reference_qkv
 
 reason = cpu.unavailable_reason()
 if reason:
@@ -13,6 +14,7 @@ if reason:
 
 from atom.kernels.cpu.attention import paged_attention  # noqa: E402
 from atom.kernels.cpu.kv_cache import store_kv  # noqa: E402
+from atom.kernels.cpu.qkv import qk_norm_rope_cache  # noqa: E402
 
 FLOAT8 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
@@ -157,9 +159,44 @@ def test_large_scores_and_equal_keys():
     assert_near_reference(batch)
 
 
+def in_order_of_slots(k, v, dtype):
+    """[blocks, block_size, heads, dim] of caches that may be tiled (csrc/tiled_cache.h)."""
+    blocks, block_size, heads, dim = k.shape
+    if cpu.extension().isa() != "amx_bf16" or dtype != torch.bfloat16 or block_size % 16 or dim % 32:
+        return k, v
+    # torch can't permute float8: bytes, or pairs of them.
+    k, v = (c.view(torch.uint8 if c.element_size() == 1 else torch.int16) for c in (k, v))
+    k = k.view(blocks, -1, heads, dim // 2, 16, 2).permute(0, 1, 4, 2, 3, 5)
+    v = v.view(blocks, -1, heads, dim // 16, 8, 16, 2).permute(0, 1, 4, 6, 2, 3, 5)
+    return k.reshape(blocks, block_size, heads, dim), v.reshape(blocks, block_size, heads, dim)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_projection_fills_the_cache_that_attention_reads(norm, dtype):
+    tokens, heads, kv_heads, dim = 40, 6, 2, 64
+    g = torch.Generator().manual_seed(3)
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, generator=g).to(dtype)
+    weights = [torch.rand(dim, generator=g).to(dtype) if norm else None for _ in range(2)]
+    cos_sin, slots = torch.randn(64, dim, generator=g), torch.arange(tokens) + 16
+    table, start = torch.arange(1, 4).int().unsqueeze(0), torch.tensor([0, tokens]).int()
+    outputs = []
+    for prepare, attend in (
+        (qk_norm_rope_cache, paged_attention),
+        (reference_qkv.qk_norm_rope_cache, reference.paged_attention),
+    ):
+        k, v = (torch.zeros(4, 16, kv_heads, dim, dtype=dtype) for _ in range(2))
+        query, output = (torch.empty(tokens, heads, dim, dtype=dtype) for _ in range(2))
+        prepare(qkv, query, torch.arange(tokens), cos_sin, *weights, 1e-5, k, v, slots)
+        attend(query, k, v, start, torch.tensor([tokens]).int(), table, output, dim**-0.5, 0, tokens, tokens)
+        outputs.append(output.double())
+    error = (outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()
+    assert error < 2 * TOLERANCE[dtype], error
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(("block_size", "dim"), [(1, 64), (16, 80), (64, 17)])
+@pytest.mark.parametrize(("block_size", "dim"), [(1, 64), (16, 80), (64, 17), (16, 64), (32, 96)])
 def test_store_kv(dtype, fp8, block_size, dim):
     tokens, heads, blocks = 150, 3, 200
     g = torch.Generator().manual_seed(1)
@@ -175,10 +212,12 @@ def test_store_kv(dtype, fp8, block_size, dim):
         k, v = (torch.zeros(blocks, block_size, heads, dim).to(FLOAT8 if fp8 else dtype) for _ in range(2))
         scales = [torch.zeros(blocks, block_size, heads) if fp8 else None for _ in range(2)]
         function(key, value, k, v, slots, *scales)
+        if function is store_kv:
+            k, v = in_order_of_slots(k, v, dtype)
         results.append((k, v, *scales))
     for got, expected in zip(*results, strict=True):
         if got is not None:
-            assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+            assert torch.equal(got.contiguous().view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_every_float8_rounds_as_torch_does():

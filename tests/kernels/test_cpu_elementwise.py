@@ -11,6 +11,7 @@ if reason:
     pytest.skip(reason, allow_module_level=True)
 
 from atom.kernels.cpu.activation import silu_and_mul  # noqa: E402
+from atom.kernels.cpu.embedding import embedding  # noqa: E402
 from atom.kernels.cpu.norm import add_rms_norm, rms_norm  # noqa: E402
 from atom.kernels.cpu.rotary import rotary_embedding_  # noqa: E402
 from atom.kernels.cpu.sampling import greedy as argmax  # noqa: E402
@@ -49,6 +50,28 @@ def test_norm_of_strided_rows(dtype):
     assert torch.equal(rms_norm(heads, weight, 1e-6), rms_norm(heads.contiguous(), weight, 1e-6))
     flat = fused.view(9, -1)[:, 64:128]
     assert torch.equal(rms_norm(flat, weight, 1e-6), rms_norm(flat.contiguous(), weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_functional_norm_changes_no_input(dtype):
+    x, residual, weight = randn(40, 96, dtype=dtype), randn(40, 96, dtype=dtype, seed=1), randn(96, dtype=dtype)
+    before = x.clone(), residual.clone()
+    got = torch.ops.atom_cpu.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+    for part, expected in zip(got, add_rms_norm(x, residual, weight, 1e-5), strict=True):
+        assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("tokens", [0, 1, 700])
+def test_embedding(tokens, dtype):
+    table = randn(50, 3, 24, dtype=dtype)[:, 1]  # its rows are apart
+    ids = torch.randint(50, (tokens,), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(embedding(ids, table), table[ids])
+    for wrong in (-1, 50):
+        with pytest.raises((IndexError, RuntimeError), match=r"50 rows|out of range"):
+            embedding(torch.tensor([3, wrong]), table)
 
 
 def test_norm_of_other_dtypes_uses_the_reference():
