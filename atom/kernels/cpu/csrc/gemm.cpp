@@ -121,6 +121,7 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
   constexpr int64_t kStride = 2 * kPanel, kResult = 32 * kStride;  // floats of two tiles of rows and two panels
   const int64_t results = block_steps == steps ? 1 : kMaxBlockRows / 32 * kTilesGroup / 2;
   float* result = (float*)scratch.get(results * kResult * sizeof(float));
+  const bool plain = args.out_type == DType::f32 && !args.bias && !args.paired && results == 1;
   for (int64_t row = m0; row < m1; row += kMaxBlockRows) {
     tiles.take(std::min(kMaxBlockRows, m1 - row));
     const int64_t blocks = (tiles.count() + 1) / 2, lines = (32 + blocks - 1) / blocks;
@@ -144,6 +145,11 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
             t.accumulate = s > 0;
             t.prefetch = t.b + next + block * lines * t.steps * 4;
             const int64_t panels = std::min<int64_t>(2, end - p);
+            const bool direct = plain && (!two || second == 16) && (p + panels) * kPanel <= args.n;
+            if (direct) {  // the registers are the result
+              t.c = (float*)args.out + first * args.n + p * kPanel;
+              t.c_stride = args.n;
+            }
             if (tiles.count() == 1) {
               one_tile(t, panels);
             } else if (panels == 2) {
@@ -151,7 +157,7 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
             } else {
               two ? tile_product<2, 1>(t, second, 0) : tile_product<1, 1>(t, 0, 0);
             }
-            if (!last) continue;
+            if (!last || direct) continue;
             epilogue(args, t.c, kStride, first, tiles.height(), p, panels);
             if (two) epilogue(args, t.c + 16 * kStride, kStride, first + second, 16, p, panels);
           }
