@@ -1,11 +1,13 @@
 """ATOM_ENABLE_QK_NORM_ROPE_CACHE_QUANT_FUSION changes no token, at any level and in any graph mode."""
 
+import importlib
+
 import pytest
 import torch
 from test_compilation import RecordingCapturer, run
 from tiny_models import make_checkpoint
 
-from atom.kernels.torch import qkv
+from atom.kernels import OPS, get_op, unavailable_reason
 from atom.model_engine import model_runner
 from atom.platforms.cpu import CpuPlatform
 
@@ -25,8 +27,13 @@ def expected(checkpoint):
 @pytest.mark.parametrize(("level", "mode"), [(0, "NONE"), (0, "FULL"), (2, "NONE"), (3, "NONE"), (3, "PIECEWISE")])
 def test_same_tokens(checkpoint, expected, level, mode, monkeypatch, tmp_path):
     calls = []
-    fused = qkv.qk_norm_rope_cache
-    monkeypatch.setattr(qkv, "qk_norm_rope_cache", lambda *args: (calls.append(1), fused(*args)))
+    fused = get_op("qk_norm_rope_cache")
+    for backend in CpuPlatform.kernel_backends:
+        if unavailable_reason(backend):
+            continue
+        module = importlib.import_module(f"atom.kernels.{backend}.{OPS['qk_norm_rope_cache']}")
+        if module.qk_norm_rope_cache is fused:
+            monkeypatch.setattr(module, "qk_norm_rope_cache", lambda *args: (calls.append(1), fused(*args)))
     monkeypatch.setenv(SWITCH, "1")
     if mode != "NONE":
         monkeypatch.setattr(CpuPlatform, "has_graphs", True)
