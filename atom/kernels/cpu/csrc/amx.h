@@ -30,11 +30,11 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
   void set(int tile, int count, int bytes = 64) { rows[tile] = count, row_bytes[tile] = count ? bytes : 0; }
   // Tiles 0..3 hold C, 4 and 5 rows of A, 6 and 7 panels of B.
-  TileShapes(int first, int second) {
-    const int of[8] = {first, first, second, second, first, second, 16, 16};
-    for (int i = 0; i < 8; ++i) set(i, of[i]);
+  explicit TileShapes(int height) {
+    for (int i = 0; i < 8; ++i) set(i, i < 6 ? height : 16);
   }
 };
+inline TileShapes product_shapes(int height) { return TileShapes(height); }
 
 // The registers, configured as long as this lives. Intrinsics don't tell the compiler that they touch memory.
 class TileRegisters {
@@ -56,6 +56,22 @@ class TileRegisters {
 
  private:
   TileShapes shapes_;
+};
+
+// The same for tiles of up to 16 rows, in the shapes that kShapes gives for their height. A change of shape takes as
+// long as a sixth of a product.
+template <TileShapes (*kShapes)(int height)>
+class RowRegisters {
+ public:
+  void take(int64_t rows) {  // that many from now on, in tiles
+    const int height = int(std::min<int64_t>(rows, 16));
+    if (height != height_) registers_.reshape(kShapes(height_ = height));
+  }
+  int64_t height() const { return height_; }
+
+ private:
+  int height_ = 16;
+  TileRegisters registers_{kShapes(16)};
 };
 
 // C[R * 16, P * 16] (+)= A * B for one or two tiles of rows and one or two panels; the second tile begins `second` rows
@@ -101,23 +117,19 @@ __attribute__((noinline)) void tile_product(const Tile& t, int64_t second, int l
   TileRegisters::barrier();
 }
 
-// The registers of a thread that multiplies rows, and how these are cut into tiles. All have one height, since a change
-// of shape takes as long as a sixth of a product: the last tile may begin with rows of the one before it.
-class RowTiles {
+// The registers of a thread that multiplies rows, and how these are cut into tiles: all have one height, and the last may
+// begin with rows of the one before it.
+class RowTiles : public RowRegisters<product_shapes> {
  public:
   void take(int64_t rows) {
     rows_ = rows;
-    const int64_t height = std::min<int64_t>(rows, 16);
-    if (height != height_) registers_.reshape({int(height), int(height)});
-    height_ = height;
+    RowRegisters::take(rows);
   }
   int64_t count() const { return (rows_ + 15) / 16; }
-  int64_t height() const { return height_; }
-  int64_t first(int64_t tile) const { return std::min(tile * 16, rows_ - height_); }
+  int64_t first(int64_t tile) const { return std::min(tile * 16, rows_ - height()); }
 
  private:
-  int64_t rows_ = 0, height_ = 16;
-  TileRegisters registers_{TileShapes(16, 16)};
+  int64_t rows_ = 0;
 };
 #else
 inline bool has_tiles() { return false; }

@@ -37,17 +37,7 @@ struct OnBF16 : OnFloat {
 struct OnTiles : OnBF16 {
   static constexpr int64_t rows = 16;
   static constexpr bool tiles = true;
-  class Registers {
-   public:
-    void take(int64_t rows) {  // in tiles
-      const int count = int(std::min<int64_t>(rows, 16));
-      if (count != rows_) tiles_.reshape(attention_shapes(rows_ = count));
-    }
-
-   private:
-    int rows_ = 16;
-    TileRegisters tiles_{attention_shapes(16)};
-  };
+  using Registers = RowRegisters<attention_shapes>;
 };
 #endif
 

@@ -7,9 +7,9 @@ namespace atom {
 
 #if defined(ATOM_AMX)
 // 0 to 3: results, 4 and 5: rows of queries and probabilities, 6 and 7: keys and values of a group.
-inline TileShapes attention_shapes(int rows) {
-  TileShapes shapes(rows, rows);
-  shapes.set(5, rows, 32);
+inline TileShapes attention_shapes(int height) {
+  TileShapes shapes(height);
+  shapes.set(5, height, 32);
   shapes.set(7, 8);
   return shapes;
 }

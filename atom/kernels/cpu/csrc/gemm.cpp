@@ -256,18 +256,17 @@ void linear(const LinearArgs& args, int threads) {
       const int64_t most = (args.m + threads - 1) / threads;  // a thread's, cut into equal blocks of whole tiles
       const int64_t size = (most / ((most + kMaxBlockRows - 1) / kMaxBlockRows) + 31) / 32 * 32;
       shares<RowTiles>(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
-                        [&](RowTiles& tiles, int, int64_t begin, int64_t end) {
-                          linear_tiles(tiles, args, a, begin * size, std::min(args.m, end * size), 0, columns * unit);
-                        });
+                       [&](RowTiles& tiles, int, int64_t begin, int64_t end) {
+                         linear_tiles(tiles, args, a, begin * size, std::min(args.m, end * size), 0, columns * unit);
+                       });
       return;
     }
     // Of few columns each thread takes few at a time, so that all end together.
     const int64_t grain = columns * unit >= 64 * kTilesGroup * threads ? kTilesGroup : kGroup;
-    shares<RowTiles>(threads, grain / unit, columns_of,
-                      [&](RowTiles& tiles, int part, int64_t begin, int64_t end) {
-                        const Range m = share(args.m, part % best_rows, best_rows);
-                        linear_tiles(tiles, args, a, m.begin, m.end, begin * unit, end * unit);
-                      });
+    shares<RowTiles>(threads, grain / unit, columns_of, [&](RowTiles& tiles, int part, int64_t begin, int64_t end) {
+      const Range m = share(args.m, part % best_rows, best_rows);
+      linear_tiles(tiles, args, a, m.begin, m.end, begin * unit, end * unit);
+    });
     return;
   }
 #endif
