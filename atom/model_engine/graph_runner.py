@@ -1,4 +1,4 @@
-"""Runs a step's forward: padded and replayed as CUDA graphs where the dispatcher says so, plainly elsewhere."""
+"""Runs a step's forward: replayed as CUDA graphs where the dispatcher says so, or as recorded on a CPU, else plainly."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from atom.compilation.cuda_graph import GraphCapturer, PieceGraphs, without_ownership
+from atom.compilation.recorded_steps import RecordedSteps
 from atom.config import CUDAGraphMode
 from atom.forward_context import ForwardContext, set_forward_context
 from atom.layers.attention.base import AttentionMetadata, StepPlanner
@@ -29,13 +30,15 @@ class GraphRunner:
         capturer: GraphCapturer,
         *,
         copy_inputs: bool,
+        recorded: RecordedSteps | None = None,
     ) -> None:
-        """inputs: None if there are no graphs."""
+        """inputs: None if there are no graphs; recorded: what replays a CPU's decodes, if anything."""
         self._forward = forward
         self._layers = layers
         self._planners = _share_planners(layers)
         self._inputs = inputs
         self._capturer = capturer
+        self._recorded = recorded
         self._full: dict[tuple[bool, int], tuple[Callable[[], None], torch.Tensor]] = {}
         use_graphs = getattr(forward, "use_graphs", None)  # a CompiledModel's; importing that takes a second
         if use_graphs is not None:
@@ -61,6 +64,8 @@ class GraphRunner:
         if graph is None:
             self._plan(metadata)
             with set_forward_context(ForwardContext(metadata, self._layers)):
+                if self._recorded is not None and self._recorded.takes(metadata):
+                    return self._recorded.run(step.input_ids, step.positions, metadata)
                 return self._forward(step.input_ids, step.positions)
         assert self._inputs is not None
         num_tokens, size = len(step.input_ids), graph.size

@@ -8,6 +8,7 @@ import torch
 
 from atom.compilation.cuda_graph import GraphDispatcher, capturable_mode, make_capturer
 from atom.compilation.levels import build_forward
+from atom.compilation.recorded_steps import RecordedSteps
 from atom.config import CompilationLevel, Config, CUDAGraphMode
 from atom.forward_context import ForwardContext, set_forward_context
 from atom.kernels import unavailable_reason
@@ -293,6 +294,7 @@ class ModelRunner:
             static,
             make_capturer(self.platform.has_graphs),
             copy_inputs=self.config.compilation_config.cudagraph_copy_inputs,
+            recorded=self._make_recorded_steps(),
         )
         if static is not None:
             dispatcher = static.dispatcher
@@ -310,6 +312,13 @@ class ModelRunner:
                 (free_before - self.platform.memory()[0]) / 2**30,
             )
         return runner
+
+    def _make_recorded_steps(self) -> RecordedSteps | None:
+        """What replays decodes on a CPU; None where its kernels don't run, or graphs were turned off."""
+        sizes = self.config.graph_bs
+        if not sizes or {layer.backend.name for layer in self.attention_layers} != {"cpu"}:
+            return None
+        return RecordedSteps(self.model, max(sizes))
 
     def _with_masks(
         self, metadata: SamplingMetadata, request_ids: list[str], masks: dict[str, bytes]

@@ -8,8 +8,10 @@
 
 #include <cerrno>
 
+#include "arena.h"
 #include "kernels.h"
 #include "memory.h"
+#include "tape.h"
 #include "team.h"
 
 namespace {
@@ -27,7 +29,21 @@ bool dtype_of(const Tensor& t, DType& type) {
   }
 }
 
+// Where this thread's calls are written down, if anywhere.
+struct Recording {
+  std::shared_ptr<atom_memory::Arena> arena;  // of all that the calls leave behind for one another
+  std::shared_ptr<atom::Tape> tape;
+};
+thread_local std::unique_ptr<Recording> recording;
+
+template <class Args>
+void perform(const Args& args) {
+  if (recording) recording->tape->add(args);
+  atom::run(args, at::get_num_threads());
+}
+
 Tensor empty(at::IntArrayRef shape, at::ScalarType type) {
+  if (recording) return recording->arena->tensor(shape, type);
   return at::detail::empty_cpu(shape, type, /*pin_memory=*/false, std::nullopt);
 }
 
@@ -97,7 +113,7 @@ bool linear(const Tensor& x_in, const Tensor& packed, const Tensor* bias, int64_
   args.paired = paired;
   out = output_like(x, n, out_float32 ? at::kFloat : x.scalar_type());
   args.out = out.data_ptr();
-  atom::linear(args, at::get_num_threads());
+  perform(args);
   return true;
 }
 
@@ -109,15 +125,15 @@ bool embedding(const Tensor& ids, const Tensor& table, Tensor& out) {
   atom::TakeArgs args;
   args.ids = ids.const_data_ptr<int64_t>();
   args.count = ids.size(0);
-  for (int64_t i = 0; i < args.count; ++i)
-    TORCH_CHECK_INDEX(args.ids[i] >= 0 && args.ids[i] < table.size(0), "embedding: id ", args.ids[i], " of ",
-                      table.size(0), " rows");
+  args.rows = table.size(0);
+  const int64_t wrong = atom::outside(args);
+  TORCH_CHECK_INDEX(wrong < 0, "embedding: id ", args.ids[wrong], " of ", args.rows, " rows");
   args.table = table.const_data_ptr();
   args.row_bytes = table.size(1) * table.element_size();
   args.stride_bytes = table.stride(0) * table.element_size();
   out = empty({args.count, table.size(1)}, table.scalar_type());
   args.out = out.data_ptr();
-  atom::take_rows(args, at::get_num_threads());
+  perform(args);
   return true;
 }
 
@@ -128,7 +144,18 @@ bool norm(const Tensor& x_in, const Tensor* residual, const Tensor& weight, doub
   if (!dtype_of(x_in, args.type) || weight.scalar_type() != x_in.scalar_type() || weight.dim() != 1 ||
       weight.stride(0) != 1 || x_in.dim() < 1 || weight.size(0) != x_in.size(-1))
     return false;
-  const Tensor x = with_rows(x_in, args.rows, args.ldx);
+  const bool grouped = !in_place && x_in.dim() == 3 && x_in.stride(2) == 1 && x_in.numel();
+  Tensor x = x_in;
+  if (grouped) {
+    args.rows = x.size(0) * x.size(1);
+    args.group = x.size(1);
+    args.ldx = x.stride(1);
+    args.ldg = x.stride(0);
+  } else {
+    x = with_rows(x_in, args.rows, args.ldx);
+    args.group = std::max<int64_t>(1, args.rows);
+    args.ldg = 0;
+  }
   args.cols = x.size(-1);
   args.x = x.const_data_ptr();
   args.residual = nullptr;
@@ -147,18 +174,19 @@ bool norm(const Tensor& x_in, const Tensor* residual, const Tensor& weight, doub
   out = in_place ? x : output_like(x, args.cols, x.scalar_type());
   args.out = out.data_ptr();
   args.ldo = in_place ? args.ldx : args.cols;
-  atom::rms_norm(args, at::get_num_threads());
+  perform(args);
   return true;
 }
 
 bool silu_and_mul(const Tensor& x_in, Tensor& out) {
-  DType type;
-  if (!dtype_of(x_in, type) || x_in.dim() < 1 || x_in.size(-1) % 2) return false;
-  int64_t rows, stride;
-  const Tensor x = with_rows(x_in, rows, stride);
-  const int64_t half = x.size(-1) / 2;
-  out = output_like(x, half, x.scalar_type());
-  atom::silu_and_mul(type, rows, half, x.const_data_ptr(), stride, out.data_ptr(), at::get_num_threads());
+  atom::SiluArgs args;
+  if (!dtype_of(x_in, args.type) || x_in.dim() < 1 || x_in.size(-1) % 2) return false;
+  const Tensor x = with_rows(x_in, args.rows, args.ldx);
+  args.half = x.size(-1) / 2;
+  args.x = x.const_data_ptr();
+  out = output_like(x, args.half, x.scalar_type());
+  args.out = out.data_ptr();
+  perform(args);
   return true;
 }
 
@@ -181,7 +209,7 @@ bool rotary(const Tensor& positions, const Tensor& query, const Tensor& key, con
     args.token_stride[i] = both[i]->stride(0);
     args.head_stride[i] = both[i]->stride(1);
   }
-  atom::rotary_embedding(args, at::get_num_threads());
+  perform(args);
   return true;
 }
 
@@ -224,7 +252,7 @@ bool store_kv(const Tensor& key, const Tensor& value, const Tensor& k_cache, con
     args.head_stride[i] = both[i]->stride(1);
   }
   args.slots = slots.const_data_ptr<int64_t>();
-  atom::store_kv(args, at::get_num_threads());
+  perform(args);
   return true;
 }
 
@@ -258,7 +286,7 @@ bool paged_attention(const Tensor& query, const Tensor& k_cache, const Tensor& v
   args.block_table_stride = block_table.stride(0);
   args.scale = float(scale);
   args.window = window;
-  atom::paged_attention(args, at::get_num_threads());
+  perform(args);
   return true;
 }
 
@@ -473,6 +501,82 @@ FUNCTION(py_sample) {
                   optional_tensor(a[4]), optional_tensor(a[5]), out) ? wrap(std::move(out)) : unsupported();
   });
 }
+
+// ---- recorded steps ----
+
+template <class T>
+PyObject* capsule(std::shared_ptr<T> owned, const char* name) {
+  auto* held = new std::shared_ptr<T>(std::move(owned));
+  PyObject* made = PyCapsule_New(held, name, [](PyObject* object) {
+    delete static_cast<std::shared_ptr<T>*>(PyCapsule_GetPointer(object, PyCapsule_GetName(object)));
+  });
+  if (!made) delete held;
+  return made;
+}
+template <class T>
+std::shared_ptr<T> held_by(PyObject* object, const char* name) {
+  auto* held = static_cast<std::shared_ptr<T>*>(PyCapsule_GetPointer(object, name));
+  if (!held) throw std::invalid_argument(std::string("expected an ") + name);
+  return *held;
+}
+constexpr const char *kArena = "atom_cpu.arena", *kTape = "atom_cpu.tape";
+
+// input ids, positions, slots, where queries start, sequence lengths, block table.
+atom::StepInputs step_inputs(PyObject* const* a) {
+  const Tensor& table = tensor(a[5]);
+  for (int i = 0; i < 5; ++i) TORCH_CHECK(tensor(a[i]).is_contiguous(), "a step's input ", i, " is not contiguous");
+  TORCH_CHECK(table.dim() == 2 && (table.stride(1) == 1 || table.size(1) == 1), "the block table's rows have gaps");
+  return {tensor(a[0]).const_data_ptr<int64_t>(), tensor(a[1]).const_data_ptr<int64_t>(),
+          tensor(a[2]).const_data_ptr<int64_t>(), tensor(a[3]).const_data_ptr<int32_t>(),
+          tensor(a[4]).const_data_ptr<int32_t>(), table.const_data_ptr<int32_t>(), table.stride(0)};
+}
+
+FUNCTION(py_make_arena) {
+  return call<0>(count, [&] { (void)a; return capsule(std::make_shared<atom_memory::Arena>(), kArena); });
+}
+FUNCTION(py_start_recording) {  // (arena) -> tape of this thread's calls from now on; their results live in the arena
+  return call<1>(count, [&] {
+    TORCH_CHECK(!recording, "this thread records already");
+    auto tape = std::make_shared<atom::Tape>();
+    recording = std::make_unique<Recording>(Recording{held_by<atom_memory::Arena>(a[0], kArena), tape});
+    return capsule(std::move(tape), kTape);
+  });
+}
+FUNCTION(py_stop_recording) {
+  return call<0>(count, [&] { (void)a; recording.reset(); return Py_NewRef(Py_None); });
+}
+FUNCTION(py_new_empty) {  // (like, shape) -> a tensor of its type, where results of kernels are
+  return call<2>(count, [&] {
+    std::vector<int64_t> shape;
+    for (Py_ssize_t i = 0; i < PySequence_Size(a[1]); ++i) {
+      PyObject* size = PySequence_GetItem(a[1], i);
+      shape.push_back(size ? integer(size) : 0);
+      Py_XDECREF(size);
+    }
+    return wrap(empty(shape, tensor(a[0]).scalar_type()));
+  });
+}
+FUNCTION(py_borrow) {  // the same memory, not kept alive
+  return call<1>(count, [&] {
+    const Tensor& t = tensor(a[0]);
+    return wrap(at::from_blob(t.data_ptr(), t.sizes(), t.strides(), t.options()));
+  });
+}
+FUNCTION(py_tape_reads) {  // (tape, inputs) -> whether these are all that it reads of a step
+  return call<7>(count, [&] { return PyBool_FromLong(held_by<atom::Tape>(a[0], kTape)->reads(step_inputs(a + 1))); });
+}
+FUNCTION(py_replay) {  // (tape, inputs): one step at a time
+  return call<7>(count, [&] {
+    const auto tape = held_by<atom::Tape>(a[0], kTape);
+    const atom::StepInputs inputs = step_inputs(a + 1);
+    int64_t wrong;
+    Py_BEGIN_ALLOW_THREADS
+    wrong = tape->replay(inputs, at::get_num_threads());
+    Py_END_ALLOW_THREADS
+    TORCH_CHECK_INDEX(wrong < 0, "embedding: id ", inputs.ids[wrong], " is not within the table");
+    return Py_NewRef(Py_None);
+  });
+}
 FUNCTION(py_bind_threads) {  // a tuple of CPUs, the i-th for thread i
   return call<1>(count, [&]() -> PyObject* {
     std::vector<int> cpus;
@@ -487,7 +591,9 @@ PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(atom::isa()
 #define METHOD(name) {#name, (PyCFunction)(void*)py_##name, METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {METHOD(pack_weight), METHOD(linear), METHOD(linear_silu_and_mul), METHOD(embedding),
                          METHOD(rms_norm), METHOD(add_rms_norm), METHOD(silu_and_mul), METHOD(rotary),
-                         METHOD(store_kv), METHOD(paged_attention), METHOD(argmax), METHOD(sample), METHOD(bind_threads),
+                         METHOD(store_kv), METHOD(paged_attention), METHOD(argmax), METHOD(sample), METHOD(make_arena),
+                         METHOD(start_recording), METHOD(stop_recording), METHOD(new_empty), METHOD(borrow),
+                         METHOD(tape_reads), METHOD(replay), METHOD(bind_threads),
                          {"isa", py_isa, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "atom_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

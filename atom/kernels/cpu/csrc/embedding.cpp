@@ -11,4 +11,10 @@ void take_rows(const TakeArgs& args, int threads) {
   });
 }
 
+int64_t outside(const TakeArgs& args) {
+  for (int64_t i = 0; i < args.count; ++i)
+    if (args.ids[i] < 0 || args.ids[i] >= args.rows) return i;
+  return -1;
+}
+
 }  // namespace atom

@@ -40,11 +40,14 @@ void linear(const LinearArgs& args, int threads);
 struct TakeArgs {
   const void* table;
   int64_t row_bytes, stride_bytes;
+  int64_t rows;        // of the table
   const int64_t* ids;  // within the table
   int64_t count;
   void* out;           // [count] rows, contiguous
 };
 void take_rows(const TakeArgs& args, int threads);
+// The place of the first id that is not within the table, or -1.
+int64_t outside(const TakeArgs& args);
 
 // ---- elementwise ----
 // residual == null: out = rms_norm(x). Otherwise total = x + residual and out = rms_norm(total).
@@ -53,6 +56,7 @@ struct NormArgs {
   int64_t rows, cols;
   const void* x;
   int64_t ldx;
+  int64_t group, ldg;  // of x: `group` rows lie ldx apart, such groups ldg: heads of tokens
   const void* residual;
   int64_t ldr;
   const void* weight;
@@ -64,7 +68,14 @@ struct NormArgs {
 };
 void rms_norm(const NormArgs& args, int threads);
 
-void silu_and_mul(DType type, int64_t rows, int64_t half, const void* x, int64_t ldx, void* out, int threads);
+struct SiluArgs {
+  DType type;
+  int64_t rows, half;
+  const void* x;  // [rows, 2 * half], gate beside up
+  int64_t ldx;
+  void* out;      // [rows, half], contiguous
+};
+void silu_and_mul(const SiluArgs& args, int threads);
 
 struct RotaryArgs {
   DType type;

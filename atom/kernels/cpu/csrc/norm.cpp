@@ -7,7 +7,7 @@ namespace {
 template <class T>
 void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const T* x = (const T*)args.x + row * args.ldx;
+    const T* x = (const T*)args.x + row / args.group * args.ldg + row % args.group * args.ldx;
     T* out = (T*)args.out + row * args.ldo;
     const T* weight = (const T*)args.weight;
     F16x squares = splat(0.0f);

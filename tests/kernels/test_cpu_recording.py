@@ -1,0 +1,125 @@
+"""Steps recorded on a CPU: a replay computes what the calls would, on any inputs, or is refused."""
+
+import pytest
+import torch
+
+from atom.kernels.cpu.ops import fast
+from atom.kernels.cpu.recording import Recorded, Recorder, StepTensors
+
+T, HEADS, DIM, BLOCK, VOCAB = 5, 2, 32, 16, 50
+HIDDEN = HEADS * DIM
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_runner():
+    with torch.inference_mode():
+        yield
+
+
+class Model:
+    """A layer of a model, called as a model's layers call the kernels."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.table = torch.randn(VOCAB, HIDDEN, generator=generator)
+        self.qkv = fast.pack_weight(torch.randn(3 * HIDDEN, HIDDEN, generator=generator) / 8, False)
+        self.head_weight = torch.rand(DIM, generator=generator)
+        self.weight = torch.rand(HIDDEN, generator=generator)
+        self.up = fast.pack_weight(torch.randn(4 * HIDDEN, HIDDEN, generator=generator) / 8, True)
+        self.gate_up = fast.pack_weight(torch.randn(2 * HIDDEN, 2 * HIDDEN, generator=generator) / 8, False)
+        self.cos_sin = torch.randn(64, DIM, generator=generator)
+        self.k_cache, self.v_cache = (torch.zeros(8, BLOCK, HEADS, DIM) for _ in range(2))
+
+    def __call__(self, s: StepTensors) -> torch.Tensor:
+        residual = fast.embedding(s.input_ids, self.table)
+        x = fast.rms_norm(residual, self.weight, 1e-5)
+        qkv = fast.linear(x, self.qkv, None, 3 * HIDDEN, False).view(-1, 3 * HEADS, DIM)
+        q, k, v = qkv.split_with_sizes([HEADS] * 3, 1)
+        q = fast.rms_norm(q, self.head_weight, 1e-5)
+        fast.rotary(s.positions, q, k, self.cos_sin, False)
+        out = q.new_empty(q.shape)
+        fast.store_kv(k, v, self.k_cache, self.v_cache, s.slots, None, None)
+        caches = (self.k_cache, self.v_cache)
+        fast.paged_attention(q, *caches, s.query_start, s.seq_lens, s.block_table, out, 0.2, 0, None, None)
+        x, residual = fast.add_rms_norm(out.view(-1, HIDDEN), residual, self.weight, 1e-5)
+        x = fast.linear_silu_and_mul(x, self.up, 2 * HIDDEN)
+        x = fast.silu_and_mul(fast.linear(x, self.gate_up, None, 2 * HIDDEN, False))
+        return fast.add_rms_norm(x, residual, self.weight, 1e-5)[0]
+
+
+def step(seed: int, count: int = T) -> StepTensors:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 2 * BLOCK, (count,), generator=generator, dtype=torch.int32)
+    blocks = torch.arange(2 * count, dtype=torch.int32).view(count, 2) % 8
+    slots = blocks[:, 0].long() * BLOCK
+    return StepTensors(
+        torch.randint(0, VOCAB, (count,), generator=generator),
+        (lengths - 1).long(),
+        slots,
+        torch.arange(count + 1, dtype=torch.int32),
+        lengths,
+        blocks,
+    )
+
+
+def test_a_replay_is_the_calls_on_other_inputs():
+    recorder, recorded, plain = Recorder(), Model(), Model()
+    replays = {}
+    for count in (5, 2, 3):  # they share memory
+        first = step(count, count)
+        hidden, replays[count] = recorder.record(lambda s=first: recorded(s), first)
+        assert torch.equal(hidden, plain(first))
+    for seed in range(12):
+        inputs = step(seed, (2, 5, 3)[seed % 3])
+        assert torch.equal(replays[len(inputs.input_ids)].replay(inputs), plain(inputs))
+    assert torch.equal(recorded.k_cache, plain.k_cache)
+
+
+def test_a_block_table_may_have_become_wider():
+    recorded, plain = Model(), Model()
+    first = step(1)
+    narrow = first._replace(block_table=first.block_table[:, :1].contiguous(), seq_lens=first.seq_lens.clamp(max=BLOCK))
+    _, replay = Recorder().record(lambda: recorded(narrow), narrow)
+    plain(narrow)
+    assert torch.equal(replay.replay(first), plain(first))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [(lambda x: x + 1, "aten.add"), (lambda x: x.t().contiguous().t(), "contiguous"), (lambda x: x.mul_(2), "mul_")],
+)
+def test_what_the_kernels_did_not_compute_is_named(spoil, name):
+    model, inputs = Model(), step(0)
+    hidden, reason = Recorder().record(lambda: spoil(model(inputs)), inputs)
+    assert torch.equal(hidden, spoil(Model()(inputs)))
+    assert isinstance(reason, str)
+    assert name in reason
+
+
+def test_inputs_read_elsewhere_are_noticed():
+    model, inputs = Model(), step(0)
+    others = inputs._replace(slots=inputs.slots.clone())
+    _, reason = Recorder().record(lambda: model(others), inputs)
+    assert reason == "it reads a step's inputs elsewhere"
+
+
+def test_a_wrong_id_runs_nothing():
+    model, inputs = Model(), step(0)
+    _, replay = Recorder().record(lambda: model(inputs), inputs)
+    assert isinstance(replay, Recorded)
+    before = model.k_cache.clone()
+    wrong = step(3)
+    wrong.input_ids[2] = VOCAB
+    with pytest.raises(RuntimeError, match="id 50 is not within the table"):
+        replay.replay(wrong)
+    assert torch.equal(model.k_cache, before)
+
+
+def test_an_error_ends_the_recording():
+    def fail() -> torch.Tensor:
+        raise ValueError("in the model")
+
+    recorder, model, inputs = Recorder(), Model(), step(0)
+    with pytest.raises(ValueError, match="in the model"):
+        recorder.record(fail, inputs)
+    assert isinstance(recorder.record(lambda: model(inputs), inputs)[1], Recorded)
