@@ -1,13 +1,15 @@
 """Compares ATOM with vLLM's CPU build, llama.cpp and transformers on the same cores, model and requests.
 
     python benchmarks/cpu_peers.py --install          makes the peers' environments (once; compiles llama.cpp)
-    python benchmarks/cpu_peers.py                    runs everything, one engine at a time; about 15 minutes
+    python benchmarks/cpu_peers.py                    runs everything, one engine at a time; about 10 minutes
 
 Workload A (batched): 64 requests, prompts of 16-128 random token ids, 64 greedy tokens each, EOS ignored.
 Workload B (single stream): one prompt of 32 tokens, 128 greedy tokens; decode tokens/s.
 
-Every engine loads the same SmolLM2-135M weights in bf16 and runs in a process of its own, in each of the settings
-listed in ENGINES; its best median counts. The hardware's limits are measured in the same run. The last line is JSON.
+Every engine loads the same SmolLM2-135M weights in bf16 and lives in a process of its own, one for each of the settings
+listed in `engines`; its best median counts. They take turns, as a shared machine's speed changes within minutes, and
+are stopped meanwhile; "ATOM/peer" is the median of the rounds' ratios. The hardware's limits are measured in the same
+run. The last line is JSON.
 Keep the machine otherwise idle: two busy processes on two cores say nothing about either.
 """
 
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +61,7 @@ def engines(cores: list[int]) -> dict[str, list[Setting]]:
             Setting({"enforce_eager": True}, {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}),
             # In one process: its engine and worker processes poll each other, which costs much on few cores.
             Setting({"enforce_eager": True}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+            Setting({"enforce_eager": False}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
         ],
         "llamacpp": [
             Setting({"slots": 16, "flash_attn": "on"}),
@@ -152,41 +156,83 @@ def roofline(limits: dict[str, float], name: str) -> float:
     return generated / ((body + head) / (limits["bf16_gemm_gflop_s"] * 1e9))
 
 
-def run_engine(python: Path, engine: str, setting: Setting, job: dict[str, Any], num_cores: int) -> dict[str, Any]:
-    """Runs one engine once; returns its result, or {"error": ...} with the tail of what it printed."""
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(num_cores),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_NO_USAGE_STATS": "1",
-        **setting.env,
-    }
-    env.pop("OPENBLAS_CORETYPE", None)
-    with tempfile.TemporaryDirectory() as directory:
-        job_file, log_file = Path(directory) / "job.json", Path(directory) / "log"
-        job_file.write_text(json.dumps({**job, "options": setting.options}))
-        with log_file.open("wb") as log:
-            runner = subprocess.Popen(
+class Runner:
+    """An engine in a process group of its own, warmed up, and stopped but for its turns, so that none disturbs another.
+
+    Raises EngineError, with the tail of what it printed, where it ends or is silent for half an hour.
+    """
+
+    def __init__(self, python: Path, engine: str, setting: Setting, job: dict[str, Any], num_cores: int) -> None:
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(num_cores),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_NO_USAGE_STATS": "1",
+            **setting.env,
+        }
+        env.pop("OPENBLAS_CORETYPE", None)
+        self.setting = setting
+        self.rates: list[float] = []
+        self._lines: list[str] = []
+        with tempfile.TemporaryDirectory() as directory:
+            job_file = Path(directory) / "job.json"
+            job_file.write_text(json.dumps({**job, "options": setting.options}))
+            self._process = subprocess.Popen(
                 [python, HERE / "peers" / f"{engine}_runner.py", job_file],
                 env=env,
-                stdout=log,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a process group of its own, so that its workers end with it
+                text=True,
+                errors="replace",
+                start_new_session=True,
             )
-            try:
-                runner.wait(timeout=1800)
-            except subprocess.TimeoutExpired:
-                print(f"{engine}: no result after 30 minutes", flush=True)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(runner.pid, signal.SIGKILL)
-        lines = log_file.read_text(errors="replace").splitlines()
-    for line in reversed(lines):
-        if line.startswith(RESULT_MARK):
-            return json.loads(line.removeprefix(RESULT_MARK))
-    return {"error": "\n".join(lines[-25:])}
+            self.facts = self._result()
+
+    def take_turn(self) -> None:
+        os.killpg(self._process.pid, signal.SIGCONT)
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self.rates.append(self._result()["rate"])
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def summary(self) -> dict[str, Any]:
+        low, high = min(self.rates), max(self.rates)
+        return {
+            **self.facts,
+            "median": statistics.median(self.rates),
+            "min": low,
+            "max": high,
+            "runs": len(self.rates),
+            "setting": self.setting.label(),
+            "rates": self.rates,
+        }
+
+    def _result(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        killer = threading.Timer(1800, self.end)
+        killer.start()
+        try:
+            for line in self._process.stdout:
+                if line.startswith(RESULT_MARK):
+                    os.killpg(self._process.pid, signal.SIGSTOP)
+                    return json.loads(line.removeprefix(RESULT_MARK))
+                self._lines.append(line.rstrip())
+        finally:
+            killer.cancel()
+        self.end()
+        raise EngineError("\n".join(self._lines[-25:]))
+
+
+class EngineError(Exception):
+    """An engine that can't be measured."""
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -197,46 +243,46 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{report['cpu']}, {len(cores)} cores: " + describe_limits(report["limits"]))
     for name in args.workloads:
         prompts, max_tokens = workload(name)
-        job = {
-            "model": str(checkpoint),
-            "gguf": str(gguf_file),
-            "prompts": prompts,
-            "max_tokens": max_tokens,
-            "repeats": args.repeats,
-        }
+        job = {"model": str(checkpoint), "gguf": str(gguf_file), "prompts": prompts, "max_tokens": max_tokens}
+        with contextlib.ExitStack() as running:
+            runners = start_runners(args, name, job, cores, running)
+            for i in range(args.repeats):
+                for engine, runner in runners if i % 2 else reversed(runners):  # nobody is always the first
+                    runner.take_turn()
+                    print(f"{name} {engine} [{runner.setting.label()}]: {runner.rates[-1]:.1f} tokens/s", flush=True)
         results: dict[str, dict[str, Any]] = {}
-        for engine, settings in engines(cores).items():
-            python = peer_python(args.peers_dir, engine)
-            if engine not in args.only:
-                continue
-            if not python.exists():
-                print(f"{name} {engine}: not installed ({python} is missing); run with --install", flush=True)
-                continue
-            for setting in settings:
-                if name not in setting.workloads:
-                    continue
-                result = run_engine(python, engine, setting, job, len(cores))
-                if "error" in result:
-                    print(f"{name} {engine} [{setting.label()}] failed:\n{result['error']}", flush=True)
-                    continue
-                rates = result.pop("rates")
-                result |= {
-                    "median": statistics.median(rates),
-                    "min": min(rates),
-                    "max": max(rates),
-                    "runs": len(rates),
-                    "setting": setting.label(),
-                }
-                print(
-                    f"{name} {engine} [{setting.label()}]: {result['median']:.1f} tokens/s "
-                    f"({result['min']:.1f}-{result['max']:.1f})",
-                    flush=True,
-                )
-                if engine not in results or result["median"] > results[engine]["median"]:
-                    results[engine] = result
+        for engine, runner in runners:
+            result = runner.summary()
+            if engine not in results or result["median"] > results[engine]["median"]:
+                results[engine] = result
         report["workloads"][name] = {"roofline": roofline(report["limits"], name), "engines": results}
     report["limits_after"] = measure_limits()
     return report
+
+
+def start_runners(
+    args: argparse.Namespace, name: str, job: dict[str, Any], cores: list[int], running: contextlib.ExitStack
+) -> list[tuple[str, Runner]]:
+    """All engines in all settings for a workload, one after the other; those that fail are reported and left out."""
+    runners = []
+    for engine, settings in engines(cores).items():
+        python = peer_python(args.peers_dir, engine)
+        if engine not in args.only:
+            continue
+        if not python.exists():
+            print(f"{name} {engine}: not installed ({python} is missing); run with --install", flush=True)
+            continue
+        for setting in settings:
+            if name not in setting.workloads:
+                continue
+            try:
+                runner = Runner(python, engine, setting, job, len(cores))
+            except EngineError as error:
+                print(f"{name} {engine} [{setting.label()}] failed:\n{error}", flush=True)
+                continue
+            running.callback(runner.end)
+            runners.append((engine, runner))
+    return runners
 
 
 def cpu_name() -> str:
@@ -265,20 +311,25 @@ def agreement(results: dict[str, dict[str, Any]], engine: str) -> float | None:
     return sum(a == b for a, b in zip(reference, mine, strict=True)) / len(reference)
 
 
+def rounds_ratio(results: dict[str, dict[str, Any]], engine: str) -> list[float]:
+    """ATOM's rate over an engine's, round by round: within a round the machine's speed changed least."""
+    return [a / b for a, b in zip(results["atom"]["rates"], results[engine]["rates"], strict=True)]
+
+
 def print_table(report: dict[str, Any]) -> None:
     titles = {"A": "batched, 64 requests: output tokens/s", "B": "single stream: decode tokens/s"}
     print(f"\n{report['cpu']}, {report['cores']} cores, SmolLM2-135M bf16")
     print(f"limits before: {describe_limits(report['limits'])}; after: {describe_limits(report['limits_after'])}")
     for name, entry in report["workloads"].items():
         results = entry["engines"]
-        atom = results.get("atom", {}).get("median")
+        atom = "atom" in results
         print(f"\n{titles[name]} (the limits allow {entry['roofline']:.0f})")
         print(
             f"{'engine':13} {'median':>8} {'min':>8} {'max':>8} {'runs':>5} {'ATOM/peer':>10} {'same 1st':>9}  setting"
         )
         for engine, result in sorted(results.items(), key=lambda item: -item[1]["median"]):
             same = agreement(results, engine)
-            ratio = f"{atom / result['median']:.2f}x" if atom else "-"
+            ratio = f"{statistics.median(rounds_ratio(results, engine)):.2f}x" if atom else "-"
             print(
                 f"{engine:13} {result['median']:8.1f} {result['min']:8.1f} {result['max']:8.1f} {result['runs']:5d} "
                 f"{ratio:>10} {f'{same:.0%}' if same is not None else '-':>9}  "

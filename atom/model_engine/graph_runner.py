@@ -1,4 +1,4 @@
-"""Runs a step's forward: replayed as CUDA graphs where the dispatcher says so, or as recorded on a CPU, else plainly."""
+"""Runs a step's forward: as CUDA graphs where the dispatcher says so, or as recorded on a CPU, or plainly."""
 
 from collections.abc import Callable
 from typing import Any

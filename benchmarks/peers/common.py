@@ -1,8 +1,9 @@
 """What every runner shares: the command line, the timing loop, the result line. Standard library only.
 
 A runner is a script with an `Engine` class (constructor: the parsed arguments and the job's options; method
-`generate(prompts, max_tokens) -> list of token id lists`, greedy, EOS ignored) that calls `run(Engine)`. It
-prints its result as one JSON object on the last line, so that each engine can live in an environment of its own.
+`generate(prompts, max_tokens) -> list of token id lists`, greedy, EOS ignored) that calls `run(Engine)`. Each engine
+lives in an environment of its own: it warms up, then measures once for each line that it reads, and prints each
+result as one line of JSON.
 """
 
 import argparse
@@ -32,7 +33,6 @@ class Job:
         self.gguf: str = spec["gguf"]
         self.prompts: list[list[int]] = spec["prompts"]
         self.max_tokens: int = spec["max_tokens"]
-        self.repeats: int = spec["repeats"]
         self.options: dict[str, Any] = spec["options"]
         self.single_stream = len(self.prompts) == 1
         self.num_threads = len(os.sched_getaffinity(0))
@@ -48,24 +48,20 @@ def timed(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tuple[fl
     return seconds, outputs
 
 
-def measure(engine: Engine, job: Job) -> dict[str, Any]:
-    """Output tokens per second, once per repeat, after one warm-up run.
+def measure(engine: Engine, job: Job) -> float:
+    """Output tokens per second.
 
     Batched: all output tokens over the whole time. Single stream: the decode rate alone, that is the tokens after
     the first over the time they add to a run that stops at the first.
     """
-    _, outputs = timed(engine, job.prompts, job.max_tokens)
-    rates = []
-    if job.single_stream:
-        first = statistics.median(timed(engine, job.prompts, 1)[0] for _ in range(job.repeats))
-        for _ in range(job.repeats):
-            seconds, outputs = timed(engine, job.prompts, job.max_tokens)
-            rates.append((job.max_tokens - 1) / (seconds - first))
-    else:
-        for _ in range(job.repeats):
-            seconds, outputs = timed(engine, job.prompts, job.max_tokens)
-            rates.append(len(job.prompts) * job.max_tokens / seconds)
-    return {"rates": rates, "version": engine.version, "first_tokens": [tokens[0] for tokens in outputs]}
+    if not job.single_stream:
+        return len(job.prompts) * job.max_tokens / timed(engine, job.prompts, job.max_tokens)[0]
+    first = statistics.median(timed(engine, job.prompts, 1)[0] for _ in range(3))
+    return (job.max_tokens - 1) / (timed(engine, job.prompts, job.max_tokens)[0] - first)
+
+
+def tell(result: dict[str, Any]) -> None:
+    print("\n" + RESULT_MARK + json.dumps(result), flush=True)
 
 
 def run(engine_class: type[Engine]) -> None:
@@ -74,8 +70,8 @@ def run(engine_class: type[Engine]) -> None:
     with open(parser.parse_args().job) as file:
         job = Job(json.load(file))
     engine = engine_class(job)
-    result = measure(engine, job)
-    print("\n" + RESULT_MARK + json.dumps(result))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _, outputs = timed(engine, job.prompts, job.max_tokens)
+    tell({"version": engine.version, "first_tokens": [tokens[0] for tokens in outputs]})
+    for _ in sys.stdin:
+        tell({"rate": measure(engine, job)})
     os._exit(0)  # engines with worker processes or native threads may hang or complain on the way out
