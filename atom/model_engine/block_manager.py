@@ -81,6 +81,12 @@ class BlockManager:
         seq.capacity = len(seq.block_ids) * self.block_size
         return new
 
+    def add_block(self, seq: Sequence) -> list[int]:
+        """Append one of the free blocks, of which there is one, and return its id; the caller counts its capacity."""
+        new = [self._take()]
+        seq.block_ids += new
+        return new
+
     def register_computed(self, seq: Sequence) -> None:
         """Offer the sequence's full, computed blocks to the prefix cache."""
         if not self.enable_prefix_caching:

@@ -1,9 +1,10 @@
 """What the sampler must know about each request, kept in rows between steps.
 
-A step only changes what differs: static parameters are collected again when the rows do, and what
-changes every step (random numbers, output counts) is computed for all rows at once.
+A step only changes what differs: parameters are collected again when the rows do. Steps of the same rows
+only count themselves, and take the next of the random numbers made for several steps at once.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class SamplingState:
         self._top_p = np.ones(max_rows, dtype=np.float32)
         self._min_p = np.zeros(max_rows, dtype=np.float32)
         self._key = np.zeros(max_rows, dtype=np.uint64)
-        self._num_output = np.zeros(max_rows, dtype=np.int64)
+        self._num_output = np.zeros(max_rows, dtype=np.int64)  # less what _built has counted
         self._num_logprobs = np.full(max_rows, -1, dtype=np.int64)
         self._min_tokens = np.zeros(max_rows, dtype=np.int64)  # 0 once they are reached
         self._bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # row -> (token ids, values)
@@ -54,6 +55,7 @@ class SamplingState:
         params.seed is resolved; stop_token_ids are those that may not come before params.min_tokens.
         """
         assert not self._live[row], f"row {row} is in use"
+        self._settle()
         self._live[row] = True
         greedy = params.temperature == 0
         self._temperature[row] = params.temperature
@@ -81,11 +83,11 @@ class SamplingState:
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
             self._penalties.add(row, params, prompt_token_ids, output_token_ids)
         self._classify(row)
-        self._built = None
 
     def remove(self, row: int) -> None:
         """Free a row."""
         assert self._live[row], f"row {row} is not in use"
+        self._settle()
         self._live[row] = False
         self._temperature[row] = 0
         self._top_k[row] = self.vocab_size
@@ -97,37 +99,54 @@ class SamplingState:
         self._suppressed.pop(row, None)
         self._penalties.remove(row)
         self._classify(row)
-        self._built = None
 
     def append(self, rows: Sequence[int] | np.ndarray, token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> None:
         """A step gave each of these (distinct) rows one token. A tensor on the device is not waited for."""
         if not self._num_special:
             return  # plain greedy rows count nothing, and never become anything else
-        rows = np.asarray(rows, dtype=np.int64)
-        self._num_output[rows] += 1
-        if self._penalties:
-            self._penalties.append(rows, token_ids)
-        if self._suppressed:
-            for row in [r for r in self._suppressed if self._num_output[r] >= self._min_tokens[r]]:
-                del self._suppressed[row]
-                self._min_tokens[row] = 0
-                self._classify(row)
-                self._built = None
+        built = self._built
+        if built is not None and built.is_of(rows):
+            built.num_appended += 1
+            if built.places is not None:
+                built.places.add_tokens(token_ids)
+            if built.num_appended < built.lifts_at:
+                return
+            self._settle()
+        else:
+            self._settle()
+            rows = np.asarray(rows, dtype=np.int64)
+            self._num_output[rows] += 1
+            places = self._penalties.find(rows)
+            if places is not None:
+                places.add_tokens(token_ids)
+        self._lift_reached()
 
     def build(self, rows: Sequence[int] | np.ndarray) -> SamplingMetadata:
         """The metadata for a step in which these (distinct) rows sample, in this order.
 
-        Valid until the next call: the object may be used again with other tensors.
+        Valid until the next call: the object may be used again with other tensors. An array must not change later.
         """
         if not self._num_special:
             return _PLAIN_GREEDY
-        rows = np.asarray(rows, dtype=np.int64)
-        built, key = self._built, rows.tobytes()
-        if built is None or built.key != key:
-            built = self._built = self._collect(rows, key)
-        if not built.is_static:
-            self._refresh(built)
+        built = self._built
+        if built is None or not built.is_of(rows):
+            self._settle()
+            built = self._built = self._collect(np.asarray(rows, dtype=np.int64))
+        self._refresh(built)
         return built.metadata
+
+    def _settle(self) -> None:
+        """Forget what was built, after taking over what it has counted."""
+        if self._built is not None:
+            self._num_output[self._built.rows] += self._built.num_appended
+            self._built = None
+
+    def _lift_reached(self) -> None:
+        """Stop tokens may come in rows that have reached min_tokens; `_num_output` is settled."""
+        for row in [r for r in self._suppressed if self._num_output[r] >= self._min_tokens[r]]:
+            del self._suppressed[row]
+            self._min_tokens[row] = 0
+            self._classify(row)
 
     def _classify(self, row: int) -> None:
         special = bool(
@@ -143,27 +162,30 @@ class SamplingState:
         self._num_special += int(special) - int(self._special[row])
         self._special[row] = special
 
-    def _collect(self, rows: np.ndarray, key: bytes) -> "_Built":
+    def _collect(self, rows: np.ndarray) -> "_Built":
         """All that stays the same while the rows do."""
         if not self._special[rows].any():
-            return _Built(key, _PLAIN_GREEDY)
+            return _Built(rows, _PLAIN_GREEDY)
         temperature = self._temperature[rows]
         metadata = SamplingMetadata(all_greedy=not temperature.any())
-        built = _Built(key, metadata)
+        built = _Built(rows, metadata)
         if not metadata.all_greedy:
             top_k, top_p, min_p = self._top_k[rows], self._top_p[rows], self._min_p[rows]
             metadata.temperature = self._to_device(temperature)
             metadata.top_k = self._to_device(top_k) if (top_k < self.vocab_size).any() else None
             metadata.top_p = self._to_device(top_p) if (top_p < 1).any() else None
             metadata.min_p = self._to_device(min_p) if min_p.any() else None
-            built.random_rows = rows
         logprobs = self._num_logprobs[rows]
         metadata.num_logprobs = int(logprobs.max())
         if metadata.num_logprobs >= 0 and logprobs.min() < 0:
             metadata.logprob_rows = self._to_device(np.flatnonzero(logprobs >= 0))
         self._collect_bias(rows, metadata)
-        if self._penalties:
-            built.penalty_slots = self._penalties.collect(rows, metadata)
+        built.places = self._penalties.find(rows)
+        if built.places is not None:
+            self._penalties.collect(rows, built.places, metadata)
+        suppressed = rows[self._min_tokens[rows] > 0]
+        if len(suppressed):
+            built.lifts_at = int((self._min_tokens[suppressed] - self._num_output[suppressed]).min())
         return built
 
     def _collect_bias(self, rows: np.ndarray, metadata: SamplingMetadata) -> None:
@@ -188,54 +210,79 @@ class SamplingState:
 
     def _refresh(self, built: "_Built") -> None:
         """What is new in every step. Tensors are replaced: a step in flight may still read the old ones."""
-        metadata = built.metadata
-        if built.random_rows is not None:
-            metadata.uniform = self._uniform(built, built.random_rows)
-        if built.penalty_slots is not None:
-            metadata.output_counts = self._penalties.counts(built.penalty_slots)
+        metadata, places = built.metadata, built.places
+        if not metadata.all_greedy:
+            ahead = built.num_appended - built.uniform_from
+            if ahead == len(built.uniform):
+                self._make_uniform(built)
+                ahead = 0
+            metadata.uniform = built.uniform[ahead]
+        if places is not None and isinstance(places.at, torch.Tensor):
+            metadata.output_counts = places.output_counts[places.at]
 
-    def _uniform(self, built: "_Built", rows: np.ndarray) -> torch.Tensor:
-        """Random numbers of the rows' next tokens, made for several steps at a time."""
-        positions = self._num_output[rows]
-        if built.positions is not None:
-            ahead = int(positions[0] - built.positions[0])
-            if 0 <= ahead < _STEPS_AHEAD and (positions - ahead == built.positions).all():
-                return built.uniform[ahead, : len(rows)]
-        built.positions = positions
+    def _make_uniform(self, built: "_Built") -> None:
+        """Random numbers of the rows' next tokens, for several steps."""
+        rows = built.rows
+        positions = self._num_output[rows] + built.num_appended
         padded = np.zeros((_STEPS_AHEAD, -(-len(rows) // 4) * 4), dtype=np.float32)  # so that each row is aligned
         padded[:, : len(rows)] = uniform_of_key(self._key[rows], positions + np.arange(_STEPS_AHEAD)[:, None])
-        built.uniform = self._to_device(padded)
-        return built.uniform[0, : len(rows)]
+        built.uniform = self._to_device(padded)[:, : len(rows)].unbind()
+        built.uniform_from = built.num_appended
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
 class _Built:
-    """The last metadata and what is needed to bring it up to date."""
+    """The last metadata and what is needed to bring it up to date, of steps in which the same rows sample.
 
-    __slots__ = ("key", "metadata", "penalty_slots", "positions", "random_rows", "uniform")
+    num_appended: tokens that each row got since; lifts_at: with how many the first has reached its min_tokens.
+    uniform: float32 [R] of each of some steps on the device, the first with num_appended = uniform_from.
+    """
 
-    def __init__(self, key: bytes, metadata: SamplingMetadata) -> None:
-        self.key = key
+    __slots__ = ("lifts_at", "metadata", "num_appended", "places", "rows", "uniform", "uniform_from")
+
+    def __init__(self, rows: np.ndarray, metadata: SamplingMetadata) -> None:
+        self.rows = rows
         self.metadata = metadata
-        self.random_rows: np.ndarray | None = None
-        self.uniform = torch.empty(0)  # float32 [_STEPS_AHEAD, >= R] on the device, from these positions on:
-        self.positions: np.ndarray | None = None
-        self.penalty_slots: slice | torch.Tensor | None = None
+        self.num_appended = 0
+        self.lifts_at = sys.maxsize
+        self.uniform: tuple[torch.Tensor, ...] = ()
+        self.uniform_from = 0
+        self.places: _Places | None = None
 
-    @property
-    def is_static(self) -> bool:
-        return self.random_rows is None and not isinstance(self.penalty_slots, torch.Tensor)
+    def is_of(self, rows: Sequence[int] | np.ndarray) -> bool:
+        if rows is not self.rows:  # it mostly is the last step's array
+            if not np.array_equal(rows, self.rows):
+                return False
+            self.rows = np.asarray(rows, dtype=np.int64)
+        return True
 
 
 class _Places(NamedTuple):
-    """Of rows in the pool: where the counts of those with penalties begin, int64 [P]; which they are, None: all."""
+    """Of some rows, those P with penalties, and where the pool holds them; good until its slots change.
 
-    rows: np.ndarray
+    where: int64 [P], which of the rows; at: their slots, a slice if they are adjacent; output_counts: the pool's;
+    flat_counts: the same, flat; firsts: int64 [P], where in it theirs begin; chosen: `where` on the device, None for
+    all of the rows; ones: int32 [P].
+    """
+
+    where: np.ndarray
+    at: slice | torch.Tensor
+    output_counts: torch.Tensor
+    flat_counts: torch.Tensor
     firsts: torch.Tensor
-    where: torch.Tensor | None
-    ones: torch.Tensor  # int32 [P]
+    chosen: torch.Tensor | None
+    ones: torch.Tensor
+
+    def add_tokens(self, token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> None:
+        """Count one more token for each of the rows."""
+        tokens = token_ids
+        if not isinstance(tokens, torch.Tensor):
+            tokens = torch.as_tensor(tokens, device=self.firsts.device)
+        if self.chosen is not None:
+            tokens = tokens[self.chosen]
+        self.flat_counts.index_add_(0, self.firsts + tokens, self.ones)
 
 
 class _PenaltyPool:
@@ -250,10 +297,6 @@ class _PenaltyPool:
         self._values = np.zeros((3, max_rows), dtype=np.float32)  # presence, frequency, repetition of a row
         self._prompt_mask = torch.empty((0, vocab_size), dtype=torch.bool, device=device)
         self._output_counts = torch.empty((0, vocab_size), dtype=torch.int32, device=device)
-        self._places: _Places | None = None  # of the last append; None once slots have changed
-
-    def __bool__(self) -> bool:
-        return self._num_used > 0
 
     def __contains__(self, row: int) -> bool:
         return bool(self._slot[row] >= 0)
@@ -267,7 +310,6 @@ class _PenaltyPool:
         self._free.remove(slot)
         self._num_used += 1
         self._slot[row] = slot
-        self._places = None
         self._values[:, row] = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
         mask = np.zeros(self.vocab_size, dtype=bool)
         mask[np.asarray(prompt_token_ids, dtype=np.int64)] = True
@@ -280,37 +322,15 @@ class _PenaltyPool:
             return
         self._free.append(int(self._slot[row]))
         self._slot[row] = -1
-        self._places = None
         self._num_used -= 1
         if not self._num_used:
             self._free = []
             self._prompt_mask, self._output_counts = self._prompt_mask[:0].clone(), self._output_counts[:0].clone()
 
-    def append(self, rows: np.ndarray, token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> None:
-        """Count one more token for those of the (distinct) rows that have penalties."""
-        places = self._places
-        if places is None or places.rows is not rows:  # mostly the last step's array
-            places = self._places = self._find(rows)
-        if not len(places.firsts):
-            return
-        tokens = torch.as_tensor(token_ids, device=self.device)
-        if places.where is not None:
-            tokens = tokens[places.where]
-        self._output_counts.view(-1).index_add_(0, places.firsts + tokens, places.ones)
-
-    def _find(self, rows: np.ndarray) -> "_Places":
-        slots = self._slot[rows]
-        where = np.flatnonzero(slots >= 0)
-        firsts = torch.from_numpy(slots[where] * self.vocab_size).to(self.device, non_blocking=True)
-        return _Places(
-            rows,
-            firsts,
-            None if len(where) == len(rows) else torch.from_numpy(where).to(self.device, non_blocking=True),
-            torch.ones(len(where), dtype=torch.int32, device=self.device),
-        )
-
-    def collect(self, rows: np.ndarray, metadata: SamplingMetadata) -> slice | torch.Tensor | None:
-        """Fill the penalty fields of the metadata; returns where the pool holds them, None for none."""
+    def find(self, rows: np.ndarray) -> _Places | None:
+        """Those of the (distinct) rows that have penalties; None if none has."""
+        if not self._num_used:
+            return None
         slots = self._slot[rows]
         where = np.flatnonzero(slots >= 0)
         if not len(where):
@@ -318,18 +338,29 @@ class _PenaltyPool:
         slots = slots[where]
         at: slice | torch.Tensor
         if (np.diff(slots) == 1).all():
-            at = slice(int(slots[0]), int(slots[-1]) + 1)  # a view, always up to date
+            at = slice(int(slots[0]), int(slots[-1]) + 1)  # what it takes is a view, always up to date
         else:
-            at = torch.from_numpy(slots).to(self.device)
-        values = torch.from_numpy(self._values[:, rows[where]]).to(self.device)
-        metadata.penalty_rows = torch.from_numpy(where).to(self.device)
-        metadata.presence_penalty, metadata.frequency_penalty, metadata.repetition_penalty = values
-        metadata.prompt_mask = self._prompt_mask[at]
-        metadata.output_counts = self._output_counts[at]
-        return at
+            at = self._to_device(slots)
+        return _Places(
+            where=where,
+            at=at,
+            output_counts=self._output_counts,
+            flat_counts=self._output_counts.view(-1),
+            firsts=self._to_device(slots * self.vocab_size),
+            chosen=None if len(where) == len(rows) else self._to_device(where),
+            ones=torch.ones(len(where), dtype=torch.int32, device=self.device),
+        )
 
-    def counts(self, at: slice | torch.Tensor) -> torch.Tensor:
-        return self._output_counts[at]
+    def collect(self, rows: np.ndarray, places: _Places, metadata: SamplingMetadata) -> None:
+        """Fill the penalty fields of the metadata."""
+        values = self._to_device(self._values[:, rows[places.where]])
+        metadata.penalty_rows = self._to_device(places.where)
+        metadata.presence_penalty, metadata.frequency_penalty, metadata.repetition_penalty = values
+        metadata.prompt_mask = self._prompt_mask[places.at]
+        metadata.output_counts = self._output_counts[places.at]
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _grow(self) -> None:
         old = len(self._prompt_mask)

@@ -209,9 +209,8 @@ class Scheduler:
         if len(sequences) > step.budget or len(growing) > self.blocks.num_free_blocks:
             return False
         for i in growing.tolist():
-            new_blocks = self.blocks.grow(sequences[i], int(ends[i]))
-            assert new_blocks is not None
-            step.new_block_ids[sequences[i].request_id] = new_blocks
+            step.new_block_ids[sequences[i].request_id] = self.blocks.add_block(sequences[i])
+        self._table.capacity[rows[growing]] += self.blocks.block_size
         step.budget -= len(sequences)
         return True
 
@@ -301,8 +300,8 @@ class Scheduler:
         """A token for each; only those that may end with it, or have filled a block, are looked at one by one."""
         if not group.sequences:
             return
-        for seq, token in zip(group.sequences, tokens, strict=True):
-            seq.token_ids.append(token)
+        for token_ids, token in zip(group.token_lists, tokens, strict=True):
+            token_ids.append(token)
         rows, table = group.rows, self._table
         known = table.num_known[rows] + 1
         table.num_known[rows] = known

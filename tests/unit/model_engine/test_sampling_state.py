@@ -149,6 +149,17 @@ def test_min_tokens_of_a_resumed_request(state):
     assert state.build([0, 1]).bias_tokens is None
 
 
+def test_each_row_reaches_its_own_min_tokens(state):
+    add(state, 0, temperature=0, stops=[5], min_tokens=2)
+    add(state, 1, temperature=0.5, stops=[6], min_tokens=20, output=[1])  # after more steps than are made ahead
+    rows, suppressed = np.array([0, 1]), []
+    for _ in range(20):
+        at = state.build(rows).bias_rows
+        suppressed.append([] if at is None else at.tolist())
+        state.append(rows, [1, 1])
+    assert suppressed == [[0, 1]] * 2 + [[1]] * 17 + [[]]
+
+
 def test_penalty_state_is_counted_and_freed(state):
     add(state, 0, temperature=0)
     add(state, 4, temperature=0, prompt=[1, 2, 1], output=[2, 7, 7], frequency_penalty=0.5)
