@@ -24,10 +24,14 @@ _MANIFEST = "manifest.json"
 
 
 class Manifest(msgspec.Struct, kw_only=True):
-    """plan: how to run the pieces; files: SHA-256 of each artifact, `<piece>.<size or any>.bin`."""
+    """plan: how to run the pieces; files: SHA-256 of each artifact, `<piece>.<size or any>.bin`.
+
+    graphs: piece -> its graph as readable code, for whoever wants to see what runs.
+    """
 
     plan: Plan
     files: dict[str, str]
+    graphs: dict[str, str]
 
 
 def cache_key(facts: dict[str, Any]) -> str:
@@ -68,10 +72,11 @@ class CompilationCache:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         return Path(tempfile.mkdtemp(prefix=".building-", dir=self.root))
 
-    def finish(self, building: Path, plan: Plan) -> None:
+    def finish(self, building: Path, plan: Plan, graphs: dict[str, str]) -> None:
         """Write the manifest and swap the directory in, whole or not at all."""
         files = {path.name: _sha256(path) for path in sorted(building.glob("*.bin"))}
-        (building / _MANIFEST).write_bytes(msgspec.json.encode(Manifest(plan=plan, files=files)))
+        manifest = Manifest(plan=plan, files=files, graphs=graphs)
+        (building / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
         shutil.rmtree(self.directory, ignore_errors=True)
         try:
             building.rename(self.directory)

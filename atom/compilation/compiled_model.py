@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from atom.compilation.cache import CompilationCache
+from atom.compilation.cache import CompilationCache, Manifest
 from atom.compilation.inductor import Compiled, compile_piece, load_piece
 from atom.compilation.plan import Piece, Plan, make_plan
 from atom.compilation.trace import tensor_at, trace_model
@@ -90,9 +90,11 @@ def compile_model(
     sizes: numbers of tokens to compile for exactly, beside the general code. Raises CompilationError.
     """
     started = time.perf_counter()
-    if cache is not None and use_inductor:
-        loaded = _load(model, cache)
+    if cache is not None and use_inductor and (manifest := cache.load()) is not None:
+        loaded = _load(model, cache, manifest)
         if loaded is not None:
+            if debug_dump:
+                _dump(Path(debug_dump), manifest.plan, manifest.graphs)
             logger.info("compiled model loaded from %s in %.1f s", cache.directory, time.perf_counter() - started)
             startup.note("compile", "every piece from the cache")
             return loaded
@@ -101,8 +103,9 @@ def compile_model(
     logger.info(
         "traced in %.1f s: %d calls of %d distinct pieces", time.perf_counter() - started, len(plan.steps), len(pieces)
     )
+    graphs = {key: _readable(piece) for key, piece in pieces.items()}
     if debug_dump:
-        _dump(Path(debug_dump), plan, pieces)
+        _dump(Path(debug_dump), plan, graphs)
     if not use_inductor:
         return CompiledModel(model, plan, {key: {None: piece.graph} for key, piece in pieces.items()})
     startup.note("compile", f"{len(pieces) * (1 + len(sizes))} pieces, none from the cache")
@@ -118,14 +121,11 @@ def compile_model(
             "compiled piece %d of %d (%s) in %.1f s", number, len(pieces), key, time.perf_counter() - piece_started
         )
     if cache is not None and building is not None:
-        cache.finish(building, plan)
+        cache.finish(building, plan, graphs)
     return CompiledModel(model, plan, compiled)
 
 
-def _load(model: nn.Module, cache: CompilationCache) -> CompiledModel | None:
-    manifest = cache.load()
-    if manifest is None:
-        return None
+def _load(model: nn.Module, cache: CompilationCache, manifest: Manifest) -> CompiledModel | None:
     pieces: dict[str, dict[int | None, Compiled]] = {}
     try:
         for name in manifest.files:
@@ -146,13 +146,17 @@ def _resolve(piece: str, op: str, pieces: dict[str, dict[int | None, Compiled]])
     return {None: getattr(getattr(torch.ops, namespace), name).default}
 
 
-def _dump(directory: Path, plan: Plan, pieces: dict[str, Piece]) -> None:
+def _readable(piece: Piece) -> str:
+    described = zip(piece.example_inputs, piece.real_inputs, strict=True)
+    inputs = "\n".join(f"# v{i}: {e} {p}" for i, (e, p) in enumerate(described))
+    return f"{inputs}\n{piece.graph.code}"
+
+
+def _dump(directory: Path, plan: Plan, graphs: dict[str, str]) -> None:
     """The plan and each piece's graph as readable code."""
     import msgspec
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "plan.json").write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
-    for key, piece in pieces.items():
-        described = zip(piece.example_inputs, piece.real_inputs, strict=True)
-        inputs = "\n".join(f"# v{i}: {e} {p}" for i, (e, p) in enumerate(described))
-        (directory / f"piece_{key}.py").write_text(f"{inputs}\n{piece.graph.code}")
+    for key, text in graphs.items():
+        (directory / f"piece_{key}.py").write_text(text)

@@ -190,17 +190,22 @@ class AsyncLLMEngine:
 
     @classmethod
     async def create(
-        cls, config: "Config", *, restart: bool = False, listener: EngineListener | None = None
+        cls,
+        config: "Config",
+        *,
+        core: CoreConnection | None = None,
+        restart: bool = False,
+        listener: EngineListener | None = None,
     ) -> "AsyncLLMEngine":
-        """Start the core and wait until it has loaded the model.
+        """Start a core and wait until it has loaded the model.
 
-        restart: replace a core that dies; requests it had fail all the same. Raises CoreStartError and
-        ModelLoadError (user's mistakes), EngineDeadError.
+        core: one that loads it already. restart: replace a core that dies; requests it had fail all the same.
+        Raises CoreStartError and ModelLoadError (user's mistakes), EngineDeadError.
         """
         engine = cls(config, config_to_plain(config), listener)
         engine._restart_core = restart
         try:
-            start = asyncio.ensure_future(engine._start_core())
+            start = asyncio.ensure_future(engine._start_core(core))
             try:
                 with startup.phase("tokenizer"):  # while the core starts
                     engine.tokenizer = await asyncio.to_thread(load_tokenizer_if_any, config)
@@ -395,8 +400,8 @@ class AsyncLLMEngine:
 
     # -- the core --
 
-    async def _start_core(self) -> None:
-        core = CoreConnection(self.config, self._settings)
+    async def _start_core(self, core: CoreConnection | None = None) -> None:
+        core = core if core is not None else CoreConnection(self.config, self._settings)
         try:
             ready = await asyncio.to_thread(core.wait_ready)
         except asyncio.CancelledError:

@@ -1,24 +1,19 @@
-"""The front end's side of an engine core in another process: start it, talk with it, notice its end.
+"""The front end's side of an engine core in another process: have it load, talk with it, notice its end.
 
 The two talk over a ZMQ socket in a directory that only this user may enter. With a `port` chosen, or where
 the system has no such sockets, it is TCP on the loopback interface, encrypted and open only to whoever knows
 a key that the core gets through its standard input.
 """
 
-import contextlib
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from typing import Any
 
 from atom.config import Config
 from atom.model_engine import wire
 from atom.model_engine.config_transport import config_to_plain
+from atom.model_engine.core_process import CoreProcess
 from atom.utils.errors import AtomError, ConfigError
 from atom.utils.logging import get_logger
 from atom.utils.network import LOOPBACK
@@ -28,11 +23,6 @@ logger = get_logger(__name__)
 HEARTBEAT_SECONDS = 1.0
 _IDENTITY = b"core"
 _POLL_MS = 100  # how soon a death is noticed while waiting for a message
-# The child imports atom from where the parent found it, not from its working directory.
-_BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
-    "from atom.model_engine.engine_process import main; main()"
-)
 
 
 class EngineDeadError(RuntimeError):
@@ -47,15 +37,18 @@ class CoreConnection:
     """A core that is starting or runs. One thread at a time; `wait_ended` may be called from another.
 
     settings: of config_to_plain, where they are not to be read from `config` (which `ready` changes).
+    process: one that waits for its settings, instead of a new one; from here on it is ended here.
     """
 
-    def __init__(self, config: Config, settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, config: Config, settings: dict[str, Any] | None = None, process: CoreProcess | None = None
+    ) -> None:
         import zmq
 
         self.config = config
         self.heartbeats = 0
         self._directory: str | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = process if process is not None else CoreProcess()
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         try:
@@ -66,26 +59,16 @@ class CoreConnection:
                 identity=_IDENTITY,
                 settings=settings if settings is not None else config_to_plain(config),
                 heartbeat_seconds=HEARTBEAT_SECONDS,
-                # Linux ties it to the thread that started the child, which other threads may outlive.
-                die_with_parent=threading.current_thread() is threading.main_thread(),
+                die_with_parent=self._process.may_die_with_parent,
                 server_key=server_key,
             )
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, json.dumps([path or os.getcwd() for path in sys.path])],
-                stdin=subprocess.PIPE,
-                process_group=0 if os.name == "posix" else None,  # Ctrl-C is for the front end to handle
-            )
-            assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it died: noticed below
-                self._process.stdin.write(wire.encode_launch(launch))
-                self._process.stdin.flush()
+            self._process.launch(wire.encode_launch(launch))
         except BaseException:
             self.close(grace=0)
             raise
 
     @property
     def pid(self) -> int:
-        assert self._process is not None
         return self._process.pid
 
     @property
@@ -152,12 +135,10 @@ class CoreConnection:
     @property
     def exit_code(self) -> int | None:
         """None while it runs; -N if signal N ended it."""
-        assert self._process is not None
-        return self._process.poll()
+        return self._process.exit_code
 
     def wait_ended(self) -> int:
         """Block until the process has ended; its exit code."""
-        assert self._process is not None
         return self._process.wait()
 
     def describe_end(self) -> str:
@@ -166,23 +147,17 @@ class CoreConnection:
         return f"the engine core died ({how})"
 
     def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
+        self._process.kill()
 
     def close(self, grace: float = 5.0) -> None:
         """End the process, by force if it doesn't go within `grace` seconds; may be called twice."""
         process = self._process
-        if process is not None:
-            if grace > 0 and process.poll() is None and not self._socket.closed:
-                self.send(wire.Shutdown())
-                deadline = time.monotonic() + grace
-                while process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.005)
-            process.kill()  # harmless if it has ended
-            process.wait()
-            if process.stdin is not None:
-                with contextlib.suppress(OSError):
-                    process.stdin.close()
+        if grace > 0 and process.exit_code is None and not self._socket.closed:
+            self.send(wire.Shutdown())
+            deadline = time.monotonic() + grace
+            while process.exit_code is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+        process.close()
         if not self._socket.closed:
             self._socket.close(linger=0)
             self._context.destroy(linger=0)

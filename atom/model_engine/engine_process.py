@@ -1,6 +1,6 @@
-"""An engine core in a process of its own: read the settings, load, then serve messages until told to end.
+"""An engine core in a process of its own: import, read the settings, load, then serve messages until told to end.
 
-The parent starts it (core_connection) with the settings on standard input, which stays open: its end means
+The parent starts it (core_process) and sends the settings to its standard input, which stays open: its end means
 that the parent is gone. The loop blocks on its socket when idle, takes all waiting messages between two steps,
 and sends what a step produced as one message.
 """
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from atom.model_engine import wire
@@ -114,20 +115,36 @@ class CoreLoop:
 
 
 def main() -> None:
-    launch = wire.read_launch(sys.stdin.buffer)
     # The parent decides when to stop: it may have to drain first.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    launches: SimpleQueue[wire.Launch] = SimpleQueue()
+    threading.Thread(target=_read_parent, args=(launches,), name="parent-watch", daemon=True).start()
+    gc.disable()  # collecting while modules and weights load finds nothing and takes a fifth of the time
+    startup.begin(since_process=True)
+    with contextlib.suppress(Exception):  # raised again, and told, where they are used
+        _import_all()
+    with startup.phase("wait for settings"):
+        launch = launches.get()
     parent = os.getppid()
     if launch.die_with_parent and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     code = _serve(launch)
     sys.stderr.flush()
     os._exit(code)  # threads of libraries must not delay the end, nor complain of it
+
+
+def _import_all() -> None:
+    """What a core needs whatever it loads."""
+    with startup.phase("import torch"):
+        import torch  # noqa: F401 - to be timed by itself
+    with startup.phase("import atom"):
+        from atom.model_engine import config_transport, engine_core, model_runner  # noqa: F401
+        from atom.utils.hf_config import import_transformers
+    import_transformers()
 
 
 def _serve(launch: wire.Launch) -> int:
@@ -164,17 +181,15 @@ def _serve(launch: wire.Launch) -> int:
 
 
 def _load(launch: wire.Launch) -> "EngineCore":
-    gc.disable()  # collecting while modules and weights load finds nothing and takes a fifth of the time
+    from atom.model_engine.config_transport import config_from_plain
+    from atom.model_engine.engine_core import EngineCore
+
     try:
-        with startup.measured(since_process=True):
-            with startup.phase("import torch"):
-                import torch  # noqa: F401 - to be timed by itself
-            with startup.phase("import atom"):
-                from atom.model_engine.config_transport import config_from_plain
-                from atom.model_engine.engine_core import EngineCore
-            with startup.phase("config"):
-                config = config_from_plain(launch.settings)
-            return EngineCore(config)
+        with startup.phase("config"):
+            config = config_from_plain(launch.settings)
+        core = EngineCore(config)
+        startup.finish()
+        return core
     finally:
         gc.freeze()
         gc.enable()
@@ -216,9 +231,10 @@ def _beat(context: Any, launch: wire.Launch) -> None:
             time.sleep(launch.heartbeat_seconds)
 
 
-def _exit_with_parent() -> None:
-    """The parent never writes again: standard input ends when it does."""
-    with contextlib.suppress(OSError, ValueError):
+def _read_parent(launches: "SimpleQueue[wire.Launch]") -> None:
+    """The parent writes the settings and never again: standard input ends when it does."""
+    with contextlib.suppress(Exception):
+        launches.put(wire.read_launch(sys.stdin.buffer))
         while os.read(0, 4096):
             pass
     os._exit(1)

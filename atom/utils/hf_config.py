@@ -12,24 +12,29 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
 
+def import_transformers() -> None:
+    """What any model's configuration needs of transformers."""
+    with startup.phase("import transformers"):
+        import_validators()
+        import transformers.models.auto.configuration_auto  # noqa: F401
+
+
 def load_hf_config(path: ModelPath, trust_remote_code: bool = False) -> "PretrainedConfig":
     """The transformers configuration of a model; ModelLoadError, in one line, when there is none to be had."""
     if path.gguf_file is not None:
         from atom.utils.gguf_config import gguf_hf_config
         from atom.utils.gguf_file import read_gguf
 
-        with startup.phase("import transformers"):
-            import_validators()
+        import_transformers()
         return gguf_hf_config(read_gguf(path.gguf_file))
     raw = _read_json(path, "config.json")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise ModelLoadError(f"model={path.name!r}: config.json has no model_type")
 
-    with startup.phase("import transformers"):
-        import_validators()
-        from transformers import AutoConfig
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    import_transformers()
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
         if not raw.get("auto_map"):

@@ -5,11 +5,13 @@ captured addresses hold by then, and writes the results where the capture put th
 is not filled, or a result that moves, gives other tokens, as it would on a GPU.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import make_checkpoint
 
-from atom.compilation import cuda_graph
+from atom.compilation import compiled_model, cuda_graph
 from atom.config import CompilationConfig, config_from_kwargs
 from atom.model_engine import model_runner
 from atom.model_engine.engine_client import make_client
@@ -129,13 +131,30 @@ def test_graphs_with_overlapping_steps(checkpoint, expected, mode, monkeypatch, 
     assert run(checkpoint, level=level, cudagraph_mode=mode, **settings) == expected
 
 
-def test_debug_dump_is_readable(checkpoint, tmp_path):
-    run(checkpoint, level=3, use_inductor=False, cache_dir=str(tmp_path / "c"), debug_dump_path=str(tmp_path / "dump"))
-    names = {path.name for path in (tmp_path / "dump").iterdir()}
-    assert "plan.json" in names
-    pieces = list((tmp_path / "dump").glob("piece_*.py"))
+def test_debug_dump_is_readable_at_every_start(checkpoint, expected, tmp_path, monkeypatch):
+    """Compiling is left out: the artifacts are graphs kept here."""
+    compiled = {}
+
+    def compile_piece(piece, size, options, path):
+        Path(path).write_bytes(b"code")
+        compiled[Path(path).name] = piece.graph
+        return piece.graph
+
+    monkeypatch.setattr(compiled_model, "compile_piece", compile_piece)
+    monkeypatch.setattr(compiled_model, "load_piece", lambda path: compiled[Path(path).name])
+
+    def dump(name):
+        settings = {"level": 3, "cache_dir": str(tmp_path / "cache"), "debug_dump_path": str(tmp_path / name)}
+        assert run(checkpoint, **settings) == expected
+        return {path.name: path.read_text() for path in (tmp_path / name).iterdir()}
+
+    traced = dump("traced")
+    assert "plan.json" in traced
+    pieces = [text for name, text in traced.items() if name.startswith("piece_")]
     assert 2 <= len(pieces) <= 4
-    assert all("def forward" in path.read_text() for path in pieces)
+    assert all("def forward" in text for text in pieces)
+    monkeypatch.setattr(compiled_model, "trace_model", None)
+    assert dump("loaded") == traced
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from atom.entrypoints.commands.common import quick_start
 from atom.entrypoints.openai.settings import ServerSettings
+from atom.model_engine.core_process import CoreProcess
 from atom.utils import startup
 from atom.utils.errors import ConfigError
 from atom.utils.logging import get_logger
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from atom.config import Config
     from atom.model_engine.arg_utils import EngineArgs
     from atom.model_engine.async_llm_engine import AsyncLLMEngine
+    from atom.model_engine.core_connection import CoreConnection
 
 logger = get_logger(__name__)
 
@@ -31,7 +33,7 @@ _LAST_SECONDS = 3  # after the grace time, for clients to read why their request
 
 def run_server(args: "EngineArgs", settings: ServerSettings) -> int:
     """Serve until SIGINT or SIGTERM; the exit code. AtomError for what is wrong with the settings."""
-    with _bound(settings) as listener:
+    with _bound(settings) as listener, _ended_by_sigterm(), CoreProcess() as process, contextlib.ExitStack() as stack:
         with quick_start():
             startup.begin(since_process=True)
             with startup.phase("import torch"):
@@ -40,14 +42,18 @@ def run_server(args: "EngineArgs", settings: ServerSettings) -> int:
                 config = args.create_config()
             config.asyncio_mode = True
             with startup.phase("import server"):
+                from atom.model_engine.core_connection import CoreConnection
+
+                core = CoreConnection(config, process=process)  # it loads the model meanwhile
+                stack.callback(core.close, grace=0)
                 import uvicorn  # noqa: F401 - modules load while nobody waits for the event loop
 
                 import atom.entrypoints.openai.api_server  # noqa: F401
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_serve(config, settings, listener))
+            return runner.run(_serve(config, core, settings, listener))
 
 
-async def _serve(config: "Config", settings: ServerSettings, listener: socket.socket) -> int:
+async def _serve(config: "Config", core: "CoreConnection", settings: ServerSettings, listener: socket.socket) -> int:
     from atom.entrypoints.openai.api_server import create_app
     from atom.entrypoints.openai.metrics import Metrics
     from atom.model_engine.async_llm_engine import AsyncLLMEngine, EngineDeadError, EngineListener
@@ -72,7 +78,9 @@ async def _serve(config: "Config", settings: ServerSettings, listener: socket.so
 
         watcher = tracing = Tracing(settings.otlp_traces_endpoint, settings.served_model_names[0], metrics)
     stop = asyncio.ensure_future(stopping.wait())
-    start = asyncio.ensure_future(AsyncLLMEngine.create(config, restart=settings.restart_engine, listener=watcher))
+    start = asyncio.ensure_future(
+        AsyncLLMEngine.create(config, core=core, restart=settings.restart_engine, listener=watcher)
+    )
     try:
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not start.done():
@@ -142,6 +150,20 @@ def _make_server(app: Any, settings: ServerSettings, on_listening: Callable[[], 
             ssl_certfile=settings.ssl_certfile,
         )
     )
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Until the event loop takes the signal over, it unwinds: what was started ends with the server."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

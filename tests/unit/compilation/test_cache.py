@@ -19,7 +19,7 @@ def cache(tmp_path):
     cache = CompilationCache(str(tmp_path), "key")
     building = cache.start()
     (building / "abc.any.bin").write_bytes(b"code")
-    cache.finish(building, PLAN)
+    cache.finish(building, PLAN, {"abc": "def forward(): ..."})
     return cache
 
 
@@ -27,6 +27,7 @@ def test_what_was_stored_is_loaded(cache):
     manifest = cache.load()
     assert manifest.plan == PLAN
     assert list(manifest.files) == ["abc.any.bin"]
+    assert manifest.graphs == {"abc": "def forward(): ..."}
     assert os.listdir(cache.root) == ["key"]
 
 
