@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that spin while they wait take the cores from whoever they wait for, as soon as there is other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
