@@ -56,6 +56,12 @@ def row_tile(num_rows: int, size: int) -> tuple[int, int, int]:
     return rows, columns, min(max(rows * columns // 512, 1), 16)
 
 
+def wide_row_warps(num_rows: int) -> int:
+    """Of a program that computes much for each of more than 8192 columns."""
+    # A row with a multiprocessor of its own takes all threads; of many, one is read while others are computed.
+    return 32 if CHIP == "hopper" and num_rows <= 132 else 8
+
+
 @cache
 def decode_tile(head_dim: int, itemsize: int, cache_itemsize: int) -> Tile:
     """Query heads are padded to `rows`; `columns` keys are read at a time. head_dim is a power of two."""
