@@ -122,11 +122,19 @@ def vector_tile(itemsize: int, num_outputs: int) -> VectorTile:
 
 @cache
 def expert_vector_tile(itemsize: int, size: int) -> VectorTile:
-    """For experts' matrix-vector products over `size` columns."""
+    """For one expert's matrix-vector product over `size` columns."""
     if CHIP == "interpret":
         return VectorTile(16, 128, 4)
     columns = min(next_power_of_2(size), 1024 if itemsize <= 2 else 512)
     return VectorTile(2, columns, 4 if columns >= 512 else 2)
+
+
+@cache
+def experts_vector_tile(itemsize: int, choices: int) -> VectorTile:
+    """For the products of several experts at once, the same rows of each."""
+    if CHIP == "interpret":
+        return VectorTile(16, 128, 4)
+    return VectorTile(max(1, 32 // next_power_of_2(choices)), 256 if itemsize <= 2 else 128, 8)
 
 
 @dataclass(frozen=True, slots=True)
