@@ -167,7 +167,6 @@ def _decode_kernel(
     parts_log [R, Hq, splits], a result of all keys to the output. MERGES: the request's last program merges its parts.
     """
     let_next_begin(OVERLAP)
-    wait_for_inputs(OVERLAP)
     kv_head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -176,6 +175,7 @@ def _decode_kernel(
     length = split_length(seq_len - first, fill, num_splits, KEYS)
     begin = first + split * length
     end = tl.minimum(begin + length, seq_len)
+    wait_for_inputs(OVERLAP)
     if (begin >= end) & (split > 0):  # a request of no keys has one part: its output is zero
         return
     group = tl.arange(0, HEADS)

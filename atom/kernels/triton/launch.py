@@ -34,8 +34,9 @@ def num_multiprocessors(device: torch.device) -> int:
 def overlap_options(device: torch.device) -> dict[str, bool]:
     """Launch options of kernels with OVERLAP: they may begin before the last kernel of the stream has ended.
 
-    Programmatic dependent launch, of Hopper and later. Such a kernel calls `wait_for_inputs` before it reads anything
-    that is not a constant and before it writes.
+    Programmatic dependent launch, of Hopper and later. Such a kernel calls `wait_for_inputs` before it writes and
+    before it reads what another such kernel may have written: weights, and what the step is told of its requests, it
+    may read at once. Some program must wait before it ends, as the kernel after this one waits for this one alone.
     """
     hopper = CHIP == "hopper" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"OVERLAP": True, "launch_pdl": True} if hopper else {"OVERLAP": False}
