@@ -64,12 +64,17 @@ def wide_row_warps(num_rows: int) -> int:
 
 
 @cache
-def decode_tile(head_dim: int, itemsize: int, cache_itemsize: int) -> Tile:
-    """Query heads are padded to `rows`; `columns` keys are read at a time. head_dim is a power of two."""
+def decode_tile(head_dim: int, itemsize: int, cache_itemsize: int, whole_parts: bool) -> Tile:
+    """Query heads are padded to `rows`; `columns` keys are read at a time. head_dim is a power of two.
+
+    whole_parts: programs are few and so are most programs' keys.
+    """
     if CHIP == "interpret":
         return Tile(16, 64, 4, 1)
     if CHIP == "hopper" and cache_itemsize == 1 and head_dim <= 128:
         return Tile(16, 128, 4, 3)
+    if CHIP == "hopper" and whole_parts and head_dim * itemsize <= 256:
+        return Tile(16, 128, 4, 1)  # all of the shortest part
     columns = 64 if head_dim * itemsize <= 256 else 32 if head_dim * itemsize <= 512 else 16
     if CHIP == "cdna3":
         return Tile(16, columns, 4, 2 if head_dim * itemsize <= 256 else 1)
