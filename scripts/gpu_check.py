@@ -16,13 +16,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "kernels")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("scripts", "benchmarks", "tests/kernels"))]
 
 import torch  # noqa: E402
+from gpu_engine import measure_limits  # noqa: E402
 from gpu_suite_parts.pool import run_tasks  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,18 +143,6 @@ def host_seconds(call: Callable[[], Any]) -> float:
     return best
 
 
-def limits() -> tuple[float, float]:
-    """(bytes/s of a large copy, read and written; flop/s of the best large bf16 matrix product)."""
-    source = torch.empty(2**29, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() / device_seconds([lambda: target.copy_(source)])
-    rate = 0.0
-    for n in (4096, 8192):
-        a, b = (torch.randn(n, n, device=DEVICE, dtype=BF16) for _ in range(2))
-        rate = max(rate, 2 * n**3 / device_seconds([lambda a=a, b=b: a @ b], 0.3))
-    return bandwidth, rate
-
-
 def attention_work(
     name: str, query_lens: list[int], seq_lens: list[int], cache_dtype: torch.dtype = BF16, block_size: int = 16
 ) -> Work:
@@ -244,43 +234,45 @@ def elementwise_work(tokens: int) -> Iterator[Work]:
         )
 
 
+def quant_ops(weight: torch.Tensor, *form: Any) -> dict[str, tuple[Callable[..., Any], int]]:
+    """Each fused op and its two apart; with how many bytes an element the fused one moves, the limit of both.
+
+    form: the dtype and the group size.
+    """
+    from atom.kernels.triton.activation import silu_and_mul
+    from atom.kernels.triton.norm import add_rms_norm, rms_norm
+    from atom.kernels.triton.quant import add_rms_norm_quant, quantize, rms_norm_quant, silu_and_mul_quant
+
+    return {
+        "quantize": (lambda x, _: quantize(x, *form), 3),
+        "rms_norm_quant": (lambda x, _: rms_norm_quant(x, weight, 1e-6, *form), 3),
+        "rms_norm, quantize": (lambda x, _: quantize(rms_norm(x, weight, 1e-6), *form), 3),
+        "add_rms_norm_quant": (lambda x, y: add_rms_norm_quant(x, y, weight, 1e-6, *form), 7),
+        "add_rms_norm, quantize": (lambda x, y: quantize(add_rms_norm(x, y, weight, 1e-6)[0], *form), 7),
+        "silu_and_mul_quant": (lambda x: silu_and_mul_quant(x, *form), 5),
+        "silu_and_mul, quantize": (lambda x: quantize(silu_and_mul(x), *form), 5),
+    }
+
+
 def quant_work(tokens: int) -> Iterator[Work]:
     """Qwen3-8B's rows in the GPU's float8, a scale a row or for each 128 columns."""
     from checks_triton import native_float8
 
-    from atom.kernels.triton.quant import add_rms_norm_quant, quantize, rms_norm_quant, silu_and_mul_quant
+    def data(count: int, width: int) -> list[list[torch.Tensor]]:
+        copies = copies_for(2 * count * tokens * width)
+        return [[torch.randn(tokens, width, device=DEVICE, dtype=BF16) for _ in range(count)] for _ in range(copies)]
 
-    float8 = native_float8()
-    size, wide_size = 4096, 12288
-    weight = torch.randn(size, device=DEVICE, dtype=BF16)
-    copies = copies_for(2 * tokens * size * 2)
-    pairs = [[torch.randn(tokens, size, device=DEVICE, dtype=BF16) for _ in range(2)] for _ in range(copies)]
-    wide = [
-        torch.randn(tokens, 2 * wide_size, device=DEVICE, dtype=BF16)
-        for _ in range(copies_for(2 * tokens * wide_size * 2))
-    ]
-    row = tokens * size
+    narrow, wide = (4096, data(2, 4096)), (12288, data(1, 2 * 12288))
+    weight = torch.randn(4096, device=DEVICE, dtype=BF16)
     for group, label in ((None, "row"), (128, "1x128")):
-        scales = tokens * 4 * (1 if group is None else size // group)
-        tail = f"{label} T={tokens}"
-        yield Work(
-            f"quantize {tail}", [lambda x=x, g=group: quantize(x, float8, g) for x, _ in pairs], 3 * row + scales
-        )
-        yield Work(
-            f"rms_norm_quant {tail}",
-            [lambda x=x, g=group: rms_norm_quant(x, weight, 1e-6, float8, g) for x, _ in pairs],
-            3 * row + scales,
-        )
-        yield Work(
-            f"add_rms_norm_quant {tail}",
-            [lambda x=x, r=r, g=group: add_rms_norm_quant(x, r, weight, 1e-6, float8, g) for x, r in pairs],
-            7 * row + scales,
-        )
-        yield Work(
-            f"silu_and_mul_quant {tail}",
-            [lambda x=x, g=group: silu_and_mul_quant(x, float8, g) for x in wide],
-            5 * tokens * wide_size + 3 * scales,
-        )
+        for name, (op, each) in quant_ops(weight, native_float8(), group).items():
+            size, inputs = wide if "silu" in name else narrow
+            scales = 1 if group is None else size // group
+            yield Work(
+                f"{name} {label} T={tokens}",
+                [partial(op, *tensors) for tensors in inputs],
+                tokens * (each * size + 4 * scales),
+            )
 
 
 def quant_linear_work(tokens: int) -> Iterator[Work]:
@@ -362,6 +354,7 @@ def works() -> Iterator[Callable[[], Any]]:
     yield lambda: [attention_work("chunk 512 of 8192", [512], [8192])]
     for tokens in (256, 8192):
         yield lambda t=tokens: elementwise_work(t)
+    for tokens in (1, 64, 1024, 8192):
         yield lambda t=tokens: quant_work(t)
     for tokens in (1, 16, 64, 256, 8192):
         yield lambda t=tokens: quant_linear_work(t)
@@ -382,9 +375,10 @@ def sdpa_work() -> Work:
 
 def timing(wanted: str) -> dict[str, Any]:
     started = time.monotonic()
-    bandwidth, rate = limits()
+    limits = measure_limits()
+    bandwidth, rate = limits["bandwidth"], limits["matmul"]
     print(f"limits: copy {bandwidth / 1e12:.2f} TB/s, bf16 matmul {rate / 1e12:.0f} TFLOP/s")
-    print(f"  {'kernel':28} {'us':>9} {'limit us':>9} {'% of limit':>10} {'bound':>8} {'host us':>8}")
+    print(f"  {'kernel':34} {'us':>9} {'limit us':>9} {'% of limit':>10} {'bound':>8} {'host us':>8}")
     results = []
     for make in [*works(), lambda: [sdpa_work()]]:
         items = iter(make())
@@ -401,7 +395,7 @@ def timing(wanted: str) -> dict[str, Any]:
             try:
                 seconds, host = device_seconds(work.calls), host_seconds(work.calls[0])
             except Exception as error:
-                print(f"  {work.name:28} FAILED {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                print(f"  {work.name:34} FAILED {type(error).__name__}: {' '.join(str(error).split())[:200]}")
                 results.append({"name": work.name, "error": str(error)[:200]})
                 continue
             memory, compute = work.bytes / bandwidth, work.flops / rate
@@ -416,7 +410,7 @@ def timing(wanted: str) -> dict[str, Any]:
             }
             results.append(row)
             print(
-                f"  {row['name']:28} {row['us']:9.1f} {row['limit_us']:9.1f} {row['percent']:9.1f}% "
+                f"  {row['name']:34} {row['us']:9.1f} {row['limit_us']:9.1f} {row['percent']:9.1f}% "
                 f"{bound:>8} {row['host_us']:8.1f}",
                 flush=True,
             )

@@ -40,6 +40,7 @@ _MOST_LONG_SPLITS = 9  # of a request that is only cut because it is long: progr
 _MOST_KEYS = 4096  # of a part, however many there are
 _MAX_SPLITS = 128
 _MOST_MERGED_HEADS = 2  # a key head, whose parts one program merges sooner than a kernel of its own begins
+_MOST_WHOLE_PARTS_HEADS = 4  # a key head, to read a short part as one tile: with 8, long contexts were slower
 _REQUESTS = 256  # looked at at a time for the one whose tile a program computes
 
 
@@ -167,7 +168,6 @@ def _decode_kernel(
     parts_log [R, Hq, splits], a result of all keys to the output. MERGES: the request's last program merges its parts.
     """
     let_next_begin(OVERLAP)
-    wait_for_inputs(OVERLAP)
     kv_head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -176,6 +176,7 @@ def _decode_kernel(
     length = split_length(seq_len - first, fill, num_splits, KEYS)
     begin = first + split * length
     end = tl.minimum(begin + length, seq_len)
+    wait_for_inputs(OVERLAP)
     if (begin >= end) & (split > 0):  # a request of no keys has one part: its output is zero
         return
     group = tl.arange(0, HEADS)
@@ -485,7 +486,8 @@ def paged_attention(
                 **overlap,
             )
         else:
-            tile = decode_tile(padded, itemsize, k_cache.element_size())
+            whole_parts = group <= _MOST_WHOLE_PARTS_HEADS and has_few_groups(groups, multiprocessors)
+            tile = decode_tile(padded, itemsize, k_cache.element_size(), whole_parts)
             rows = max(tile.rows, padded_group)
             sizes = group, rows, tile.columns, block_size, head_dim, padded, sliding_window, scaled, tile.num_stages
             _launch_decode(

@@ -279,7 +279,6 @@ def decode_float8_kernel(
     KEYS_LAYOUT: gl.constexpr = gl.SliceLayout(2, MMA)
 
     _let_next_begin(OVERLAP)
-    _wait_for_inputs(OVERLAP)
     kv_head = gl.program_id(0)
     request = gl.program_id(1).to(gl.int64)
     split = gl.program_id(2)
@@ -292,6 +291,7 @@ def decode_float8_kernel(
     length = gl.cdiv(gl.maximum(gl.cdiv(num_keys, most_parts), LEAST), TILE) * TILE  # as `decode_split.split_length`
     begin = first + split * length
     end = gl.minimum(begin + length, seq_len)
+    _wait_for_inputs(OVERLAP)
     OUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [WARPS, 1], [1, 0])
     head = kv_head * GROUP + gl.arange(0, HEADS, layout=gl.SliceLayout(1, OUT))
     columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, OUT))[None, :]

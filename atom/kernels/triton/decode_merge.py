@@ -107,12 +107,12 @@ def _merge_kernel(
 ):
     """Program (head, request): merges the request's parts, if it has several."""
     let_next_begin(OVERLAP)
-    wait_for_inputs(OVERLAP)
     head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens + request)
     num_keys = seq_len - first_key(seq_len, WINDOW)
     num_parts = tl.cdiv(num_keys, split_length(num_keys, fill, num_splits, KEYS))
+    wait_for_inputs(OVERLAP)  # also where nothing is to merge, so that the next kernel waits for what was attended
     if num_parts <= 1:
         return
     first_row = (request * tl.num_programs(0) + head) * num_splits

@@ -94,7 +94,6 @@ def decode_rows_kernel(
 ):
     """As `_decode_kernel`: program (kv_head, request, split). GROUP is 1 or 2."""
     let_next_begin(OVERLAP)
-    wait_for_inputs(OVERLAP)
     kv_head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -103,6 +102,7 @@ def decode_rows_kernel(
     length = split_length(seq_len - first, fill, num_splits, KEYS)
     begin = first + split * length
     end = tl.minimum(begin + length, seq_len)
+    wait_for_inputs(OVERLAP)
     if (begin >= end) & (split > 0):  # a request of no keys has one part: its output is zero
         return
     columns = tl.arange(0, PADDED)

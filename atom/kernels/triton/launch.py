@@ -34,8 +34,9 @@ def num_multiprocessors(device: torch.device) -> int:
 def overlap_options(device: torch.device) -> dict[str, bool]:
     """Launch options of kernels with OVERLAP: they may begin before the last kernel of the stream has ended.
 
-    Programmatic dependent launch, of Hopper and later. Such a kernel calls `wait_for_inputs` before it reads anything
-    that is not a constant and before it writes.
+    Programmatic dependent launch, of Hopper and later. Such a kernel calls `wait_for_inputs` before it writes and
+    before it reads what another such kernel may have written: weights, and what the step is told of its requests, it
+    may read at once. Some program must wait before it ends, as the kernel after this one waits for this one alone.
     """
     hopper = CHIP == "hopper" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"OVERLAP": True, "launch_pdl": True} if hopper else {"OVERLAP": False}
@@ -56,13 +57,24 @@ def row_tile(num_rows: int, size: int) -> tuple[int, int, int]:
     return rows, columns, min(max(rows * columns // 512, 1), 16)
 
 
+def wide_row_warps(num_rows: int) -> int:
+    """Of a program that computes much for each of more than 8192 columns."""
+    # A row with a multiprocessor of its own takes all threads; of many, one is read while others are computed.
+    return 32 if CHIP == "hopper" and num_rows <= 132 else 8
+
+
 @cache
-def decode_tile(head_dim: int, itemsize: int, cache_itemsize: int) -> Tile:
-    """Query heads are padded to `rows`; `columns` keys are read at a time. head_dim is a power of two."""
+def decode_tile(head_dim: int, itemsize: int, cache_itemsize: int, whole_parts: bool) -> Tile:
+    """Query heads are padded to `rows`; `columns` keys are read at a time. head_dim is a power of two.
+
+    whole_parts: programs are few and so are most programs' keys.
+    """
     if CHIP == "interpret":
         return Tile(16, 64, 4, 1)
     if CHIP == "hopper" and cache_itemsize == 1 and head_dim <= 128:
         return Tile(16, 128, 4, 3)
+    if CHIP == "hopper" and whole_parts and head_dim * itemsize <= 256:
+        return Tile(16, 128, 4, 1)  # all of the shortest part
     columns = 64 if head_dim * itemsize <= 256 else 32 if head_dim * itemsize <= 512 else 16
     if CHIP == "cdna3":
         return Tile(16, columns, 4, 2 if head_dim * itemsize <= 256 else 1)
@@ -116,11 +128,19 @@ def vector_tile(itemsize: int, num_outputs: int) -> VectorTile:
 
 @cache
 def expert_vector_tile(itemsize: int, size: int) -> VectorTile:
-    """For experts' matrix-vector products over `size` columns."""
+    """For one expert's matrix-vector product over `size` columns."""
     if CHIP == "interpret":
         return VectorTile(16, 128, 4)
     columns = min(next_power_of_2(size), 1024 if itemsize <= 2 else 512)
     return VectorTile(2, columns, 4 if columns >= 512 else 2)
+
+
+@cache
+def experts_vector_tile(itemsize: int, choices: int) -> VectorTile:
+    """For the products of several experts at once, the same rows of each."""
+    if CHIP == "interpret":
+        return VectorTile(16, 128, 4)
+    return VectorTile(max(1, 32 // next_power_of_2(choices)), 256 if itemsize <= 2 else 128, 8)
 
 
 @dataclass(frozen=True, slots=True)

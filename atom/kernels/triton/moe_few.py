@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from atom.kernels.triton.activation import silu_times
-from atom.kernels.triton.launch import expert_vector_tile, overlap_options
+from atom.kernels.triton.launch import expert_vector_tile, experts_vector_tile, next_power_of_2, overlap_options
 from atom.kernels.triton.numerics import round_to
 from atom.kernels.triton.overlap import let_next_begin, wait_for_inputs
 
@@ -27,12 +27,12 @@ def _few_gate_up_kernel(
     OVERLAP: tl.constexpr,
 ):
     """hidden[pair, r] = silu(gate[r] @ x) * (up[r] @ x) for ROWS rows of the pair's expert."""
-    let_next_begin(OVERLAP)
     pair = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     exists = (rows < INTERMEDIATE)[:, None]
     wait_for_inputs(OVERLAP)
+    let_next_begin(OVERLAP)  # not before: the next kernel reads topk_ids without waiting
     expert = tl.load(topk_ids + pair).to(tl.int64)
     at = w13 + expert * stride_expert + rows[:, None] * stride_row + columns[None, :]
     at_up = at + INTERMEDIATE * stride_row
@@ -61,31 +61,40 @@ def _few_down_kernel(
     SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     CHOICES: tl.constexpr,
+    PADDED_CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out[t, r] = sum over k of topk_weights[t, k] * (w2[expert k][r] @ hidden[t, k]) for ROWS rows."""
+    """out[t, r] = sum over k of topk_weights[t, k] * (w2[expert k][r] @ hidden[t, k]) for ROWS rows.
+
+    All experts' rows are one tile, so that none is read after another. Must follow `_few_gate_up_kernel`.
+    """
     let_next_begin(OVERLAP)
     token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    exists = (rows < SIZE)[:, None]
-    at = w2 + rows[:, None] * stride_row + columns[None, :]
-    total = tl.zeros([ROWS], tl.float32)
+    choices = tl.arange(0, PADDED_CHOICES)
+    pairs = token * CHOICES + choices
+    chosen = choices < CHOICES
+    exists = chosen[:, None, None] & (rows < SIZE)[None, :, None]
+    # Past the first-level cache, which may hold another layer's. The first weights are on their way before hidden is.
+    experts = tl.load(topk_ids + pairs, mask=chosen, other=0, cache_modifier=".cg").to(tl.int64)
+    at = w2 + (experts * stride_expert)[:, None, None] + (rows * stride_row)[None, :, None] + columns[None, None, :]
+    first = tl.load(at, mask=exists & (columns < INTERMEDIATE)[None, None, :], other=0.0)
     wait_for_inputs(OVERLAP)
-    for choice in tl.static_range(CHOICES):
-        pair = token * CHOICES + choice
-        expert = tl.load(topk_ids + pair).to(tl.int64)
-        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, INTERMEDIATE, COLUMNS):
-            inside = columns < INTERMEDIATE - start
-            v = tl.load(hidden + pair * INTERMEDIATE + start + columns, mask=inside, other=0.0).to(tl.float32)
-            part = tl.load(at + expert * stride_expert + start, mask=exists & inside[None, :], other=0.0)
-            sums += part.to(tl.float32) * v[None, :]
-        # Each expert's product is rounded, as the reference does.
-        product = round_to(tl.sum(sums, axis=1), out.dtype.element_ty).to(tl.float32)
-        total += product * tl.load(topk_weights + pair)
+    at_hidden = hidden + pairs[:, None] * INTERMEDIATE + columns[None, :]
+    v = tl.load(at_hidden, mask=chosen[:, None] & (columns < INTERMEDIATE)[None, :], other=0.0)
+    sums = first.to(tl.float32) * v.to(tl.float32)[:, None, :]
+    for start in tl.static_range(COLUMNS, INTERMEDIATE, COLUMNS):
+        left = columns < INTERMEDIATE - start
+        v = tl.load(at_hidden + start, mask=chosen[:, None] & left[None, :], other=0.0)
+        part = tl.load(at + start, mask=exists & left[None, None, :], other=0.0)
+        sums += part.to(tl.float32) * v.to(tl.float32)[:, None, :]
+    # Each expert's product is rounded, as the reference does.
+    products = round_to(tl.sum(sums, axis=2), out.dtype.element_ty).to(tl.float32)
+    weights = tl.load(topk_weights + pairs, mask=chosen, other=0.0)
+    total = tl.sum(products * weights[:, None], axis=0)
     tl.store(out + token * SIZE + rows, round_to(total, out.dtype.element_ty), mask=rows < SIZE)
 
 
@@ -119,7 +128,7 @@ def few_experts(
         num_warps=tile.num_warps,
         **overlap,
     )
-    tile = expert_vector_tile(x.element_size(), intermediate)
+    tile = experts_vector_tile(x.element_size(), choices)
     _few_down_kernel[(triton.cdiv(size, tile.rows), tokens)](
         hidden,
         w2,
@@ -131,6 +140,7 @@ def few_experts(
         size,
         intermediate,
         choices,
+        next_power_of_2(choices),
         tile.rows,
         tile.columns,
         num_warps=tile.num_warps,

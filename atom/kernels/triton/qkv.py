@@ -25,6 +25,7 @@ def _normed_and_rotated(
     PADDED: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """float32 [heads, PADDED], rounded to x's type wherever the reference rounds."""
     dtype = x.dtype.element_ty
@@ -42,16 +43,18 @@ def _normed_and_rotated(
     exists = columns < HEAD_DIM
     inside = (heads < NUM_HEADS)[:, None] & exists[None, :]
     rows = x + heads[:, None] * HEAD_DIM
+    if weight is not None:
+        own_gain = tl.load(weight + columns, mask=exists, other=0.0).to(tl.float32)[None, :]
+        other_gain = tl.load(weight + partners, mask=exists, other=0.0).to(tl.float32)[None, :]
+    cos = round_to(tl.load(entry + angles, mask=rotated, other=1.0), dtype).to(tl.float32)
+    sin = round_to(tl.load(entry + HALF + angles, mask=rotated, other=0.0), dtype).to(tl.float32)
+    wait_for_inputs(OVERLAP)  # of which x is the first
     own = tl.load(rows + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     other = tl.load(rows + partners[None, :], mask=inside, other=0.0).to(tl.float32)
     if weight is not None:
         factor = tl.rsqrt(tl.sum(own * own, axis=1) / HEAD_DIM + eps)[:, None]
-        own_gain = tl.load(weight + columns, mask=exists, other=0.0).to(tl.float32)[None, :]
-        other_gain = tl.load(weight + partners, mask=exists, other=0.0).to(tl.float32)[None, :]
         own = round_to(round_to(own * factor, dtype).to(tl.float32) * own_gain, dtype).to(tl.float32)
         other = round_to(round_to(other * factor, dtype).to(tl.float32) * other_gain, dtype).to(tl.float32)
-    cos = round_to(tl.load(entry + angles, mask=rotated, other=1.0), dtype).to(tl.float32)
-    sin = round_to(tl.load(entry + HALF + angles, mask=rotated, other=0.0), dtype).to(tl.float32)
     sin = tl.where(is_first, -sin, sin)
     along = round_to(own * cos[None, :], dtype).to(tl.float32)
     across = round_to(other * sin[None, :], dtype).to(tl.float32)
@@ -87,7 +90,6 @@ def _qk_norm_rope_cache_kernel(
 ):
     """Program (t, i) does HEADS heads of token t: the query's first, then the key's, then the value's."""
     let_next_begin(OVERLAP)
-    wait_for_inputs(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     query_blocks: tl.constexpr = (QUERY_HEADS + HEADS - 1) // HEADS
@@ -97,25 +99,38 @@ def _qk_norm_rope_cache_kernel(
     entry = cos_sin_cache + tl.load(positions + token) * cos_sin_stride
     if block < query_blocks:
         heads = block * HEADS + tl.arange(0, HEADS)
-        out = _normed_and_rotated(x, q_weight, entry, heads, eps, QUERY_HEADS, HEAD_DIM, PADDED, HALF, INTERLEAVED)
+        out = _normed_and_rotated(
+            x, q_weight, entry, heads, eps, QUERY_HEADS, HEAD_DIM, PADDED, HALF, INTERLEAVED, OVERLAP
+        )
         target = query + token * query_stride + heads[:, None] * HEAD_DIM + columns[None, :]
         inside = (heads < QUERY_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
         tl.store(target, round_to(out, query.dtype.element_ty), mask=inside)
         return
     slot = tl.load(slot_mapping + token)
     if slot < 0:
-        return
+        return  # the query's programs wait
     row = slot * KV_HEADS
     if block < query_blocks + kv_blocks:
         heads = (block - query_blocks) * HEADS + tl.arange(0, HEADS)
         key = _normed_and_rotated(
-            x + QUERY_HEADS * HEAD_DIM, k_weight, entry, heads, eps, KV_HEADS, HEAD_DIM, PADDED, HALF, INTERLEAVED
+            x + QUERY_HEADS * HEAD_DIM,
+            k_weight,
+            entry,
+            heads,
+            eps,
+            KV_HEADS,
+            HEAD_DIM,
+            PADDED,
+            HALF,
+            INTERLEAVED,
+            OVERLAP,
         )
         store_heads(key, k_cache, k_scale, row, heads, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
     else:
         heads = (block - query_blocks - kv_blocks) * HEADS + tl.arange(0, HEADS)
         source = x + (QUERY_HEADS + KV_HEADS + heads)[:, None] * HEAD_DIM + columns[None, :]
         inside = (heads < KV_HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
+        wait_for_inputs(OVERLAP)
         value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         store_heads(value, v_cache, v_scale, row, heads, KV_HEADS, HEAD_DIM, PADDED, FLOAT8_MAX)
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from atom.kernels.torch.quant import largest
 from atom.kernels.triton.activation import silu_times
-from atom.kernels.triton.launch import next_power_of_2, overlap_options, row_tile
+from atom.kernels.triton.launch import next_power_of_2, overlap_options, row_tile, wide_row_warps
 from atom.kernels.triton.launcher import Launcher, cdiv
 from atom.kernels.triton.norm import as_rows, normalized
 from atom.kernels.triton.numerics import round_to, scale_rows
@@ -223,6 +223,8 @@ def _tiles(
     """(grid, the constants SIZE to TOP, warps)"""
     width = size if whole_rows else min(size, _BLOCK)
     rows, columns, warps = row_tile(num_rows, width if group_size is None else max(width, group_size))
+    if columns > 8192:
+        warps = wide_row_warps(num_rows)
     group = columns if group_size is None else group_size
     assert group == next_power_of_2(group)
     return (cdiv(num_rows, rows), cdiv(size, columns), 1), (size, rows, columns, group, largest(dtype)), warps
