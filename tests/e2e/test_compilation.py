@@ -90,17 +90,18 @@ def test_levels_without_inductor(checkpoint, expected, level, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("level", "mode"),
+    ("level", "mode", "copy_inputs"),
     [
-        (0, "FULL"),
-        (0, "FULL_DECODE_ONLY"),
-        (2, "FULL_DECODE_ONLY"),
-        (3, "PIECEWISE"),
-        (3, "FULL_AND_PIECEWISE"),
-        (3, "NONE"),
+        (0, "FULL", False),
+        (0, "FULL_DECODE_ONLY", False),
+        (2, "FULL_DECODE_ONLY", False),
+        (3, "PIECEWISE", False),
+        (3, "PIECEWISE", True),  # only graphs of pieces have inputs of their own
+        (3, "FULL_AND_PIECEWISE", False),
+        (3, "FULL_AND_PIECEWISE", True),
+        (3, "NONE", False),
     ],
 )
-@pytest.mark.parametrize("copy_inputs", [False, True])
 def test_graph_modes(checkpoint, expected, level, mode, copy_inputs, monkeypatch, tmp_path):
     capturer = RecordingCapturer()
     monkeypatch.setattr(CpuPlatform, "has_graphs", True)

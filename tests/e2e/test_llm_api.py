@@ -4,6 +4,7 @@ import logging
 import math
 
 import pytest
+from tiny_models import make_checkpoint
 
 from atom import LLM, SamplingParams
 from atom.model_engine.output_processor import OutputKind
@@ -18,6 +19,14 @@ MAX_MODEL_LEN = 256
 @pytest.fixture(scope="module")
 def llm():
     with LLM(model="smollm2", dtype="float32", device="cpu", max_model_len=MAX_MODEL_LEN, max_num_seqs=8) as llm:
+        yield llm
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """For what hangs on no text: token ids in and out, and a prefix cache."""
+    settings = {"load_dummy": True, "max_model_len": 128, "max_num_seqs": 2, "enable_prefix_caching": True}
+    with LLM(make_checkpoint("llama", tmp_path), dtype="float32", device="cpu", **settings) as llm:
         yield llm
 
 
@@ -170,11 +179,10 @@ def test_chat_takes_one_conversation_or_many(llm):
         llm.chat(conversations[0], params, chat_template="{{ raise_exception('no') }}")
 
 
-def test_the_default_length_is_mentioned_once(llm, caplog):
-    llm._told_of_default_length = False
+def test_the_default_length_is_mentioned_once(tiny, caplog):
     with caplog.at_level(logging.WARNING, logger="atom"):
         for _ in range(2):
-            llm.generate(TEXTS[2], SamplingParams(temperature=0, logit_bias={2: -100}))
+            tiny.generate([[7, 8, 9]], SamplingParams(temperature=0, logit_bias={2: -100}))
     assert len([r for r in caplog.records if "max_tokens" in r.getMessage()]) == 1
 
 
@@ -204,19 +212,16 @@ def test_engine_requests(llm):
     assert engine.stats()["kv_cache_usage"] == 0
 
 
-def test_prefix_cache_is_reported_reset_and_salted():
+def test_prefix_cache_is_reported_reset_and_salted(tiny):
     prompt = [7] * 64 + [8]
-    with LLM(
-        model="smollm2", dtype="float32", device="cpu", max_model_len=128, max_num_seqs=2, enable_prefix_caching=True
-    ) as llm:
 
-        def cached(**options):
-            return llm.generate([prompt], GREEDY, **options)[0].num_cached_tokens
+    def cached(**options):
+        return tiny.generate([prompt], GREEDY, **options)[0].num_cached_tokens
 
-        assert [cached(), cached()] == [0, 64]
-        assert [cached(cache_salt="other"), cached(cache_salt="other")] == [0, 64]
-        assert llm.reset_prefix_cache()
-        assert cached() == 0
+    assert [cached(), cached()] == [0, 64]
+    assert [cached(cache_salt="other"), cached(cache_salt="other")] == [0, 64]
+    assert tiny.reset_prefix_cache()
+    assert cached() == 0
 
 
 def test_wrong_settings_raise_typed_errors():

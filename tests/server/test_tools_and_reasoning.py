@@ -86,7 +86,7 @@ def test_reasoning_is_told_apart(client):
     text = "<think>\nhm\n</think>\n\nYes."
     message = ask(client, extra_body={"guided_choice": [text]}).choices[0].message
     assert message.content == text  # the prompt has closed the reasoning: this is what the answer says
-    message = ask(client, {"think": True}, extra_body={"guided_choice": ["Yes."]}, max_tokens=900).choices[0].message
+    message = ask(client, {"think": True}, extra_body={"guided_choice": ["Yes."]}, max_tokens=100).choices[0].message
     if message.content:  # the model ended its thought in time
         assert message.content.strip() == "Yes."
     assert message.reasoning_content
@@ -123,7 +123,7 @@ def test_wrong_demands_are_refused(client, options, field):
 
 @pytest.mark.parametrize("kwargs", [{"think": True}, {"x": 1}], ids=["opened", "open to choice"])
 def test_a_demanded_call_follows_reasoning(client, kwargs):
-    answer = ask(client, kwargs, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=800)
+    answer = ask(client, kwargs, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=100)
     choice = answer.choices[0]
     if choice.finish_reason == "length":  # lost in thought
         assert choice.message.reasoning_content
