@@ -1,6 +1,7 @@
 """Do all Triton kernels compile for a GPU that isn't here? Needs no GPU; the interpreter doesn't compile anything.
 
-    python scripts/compile_kernels.py [--target cuda:90 | hip:gfx942] [--filter NAME] [--grid small|full] [--every N]
+    python scripts/compile_kernels.py [--target cuda:90 | hip:gfx942] [--filter NAME] [--grid small|full]
+                                        [--every N] [--first N]
 
 Each case of tests/kernels/checks_triton.py runs up to its first comparison, with launches replaced by compiling for
 the target. Prints each failure and the kernels that were compiled, and exits with 1 if there was a failure.
@@ -75,6 +76,7 @@ def main() -> int:
     parser.add_argument("--filter", default="", help="kernels with this in their name")
     parser.add_argument("--grid", choices=("small", "full"), default="small")
     parser.add_argument("--every", type=int, default=1, help="run each N-th case only")
+    parser.add_argument("--first", type=int, default=0, help="beginning with this one")
     args = parser.parse_args()
     compiled, problems = compile_only(args.target)
 
@@ -84,7 +86,7 @@ def main() -> int:
     foreign = torch.float8_e4m3fnuz if args.target.backend == "cuda" else None
     cases = [case for case in cases if args.filter in case[0] and foreign not in case[2]]
     failed = 0
-    for case in cases[:: args.every]:
+    for case in cases[args.first :: args.every]:
         _, check, check_args, kwargs = case
         try:
             check("cpu", *check_args, **kwargs)
