@@ -1,5 +1,8 @@
 """Decodes recorded on a CPU have the tokens of plain steps, and are replayed unless somebody turned graphs off."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny_models import make_checkpoint
@@ -100,3 +103,13 @@ def test_compiled_models_decode_alike(replays, tmp_path):
     level_3 = CompilationConfig(level=3, use_inductor=False, cache_dir=str(tmp_path / "cache"))
     assert run(path, compilation=level_3) == run(path, enforce_eager=True)
     assert replays
+
+
+def test_recording_imports_no_compiler():
+    """Dynamo takes 1.5 s to import, in the middle of a first answer."""
+    program = (
+        "import sys; from atom import LLM, SamplingParams; "
+        "LLM(model='smollm2', max_model_len=64, num_kvcache_blocks=8).generate(['a'], SamplingParams(max_tokens=4)); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

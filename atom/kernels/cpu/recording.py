@@ -70,6 +70,10 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.foreign: str | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to be skipped imports Dynamo, for 1.5 s
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs is None or not any(kwargs.values()):  # of the type and on the device of what is given
             if func is torch.ops.aten.new_empty.default:
