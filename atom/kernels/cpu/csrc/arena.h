@@ -12,15 +12,14 @@ namespace atom_memory {
 class Arena : public std::enable_shared_from_this<Arena> {
  public:
   at::Tensor tensor(at::IntArrayRef shape, at::ScalarType type) {
-    const size_t count = std::accumulate(shape.begin(), shape.end(), size_t(1), std::multiplies<size_t>());
-    const size_t bytes = std::max<size_t>(1, (count * c10::elementSize(type) + kLine - 1) / kLine) * kLine;
+    const size_t bytes = std::max<size_t>(64, bytes_of(shape, type));  // every tensor has an address of its own
     char* data = take(bytes);
     return at::from_blob(data, shape, [arena = shared_from_this(), data, bytes](void*) { arena->give(data, bytes); },
                          at::TensorOptions().dtype(type));
   }
 
  private:
-  static constexpr size_t kLine = 64, kArenaChunk = size_t(8) << 20;
+  static constexpr size_t kArenaChunk = size_t(8) << 20;
 
   char* take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);

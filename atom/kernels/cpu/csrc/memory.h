@@ -26,12 +26,17 @@ inline std::shared_ptr<char> chunk(size_t bytes) {
   return {data, [](char* p) { std::free(p); }};
 }
 
+// Of a tensor, in whole cache lines.
+inline size_t bytes_of(at::IntArrayRef shape, at::ScalarType type) {
+  const size_t count = std::accumulate(shape.begin(), shape.end(), size_t(1), std::multiplies<size_t>());
+  return (count * c10::elementSize(type) + 63) / 64 * 64;
+}
+
 inline at::Tensor allocate(at::IntArrayRef shape, at::ScalarType type) {
   static std::mutex mutex;
   static std::weak_ptr<char> current;
   static size_t used = 0;
-  const size_t count = std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies<int64_t>());
-  const size_t bytes = (count * c10::elementSize(type) + 63) / 64 * 64;
+  const size_t bytes = bytes_of(shape, type);
   std::shared_ptr<char> owner;
   char* data;
   if (bytes >= kChunk / 2) {

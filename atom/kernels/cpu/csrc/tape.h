@@ -32,7 +32,6 @@ class Tape {
   bool reads(const StepInputs& inputs) const;
   // The number of an id outside of its table, which keeps anything from being run; -1: none was.
   int64_t replay(const StepInputs& inputs, int threads);
-  int64_t size() const { return int64_t(calls_.size()); }
 
  private:
   std::vector<std::variant<LinearArgs, TakeArgs, NormArgs, SiluArgs, RotaryArgs, StoreArgs, AttentionArgs>> calls_;
