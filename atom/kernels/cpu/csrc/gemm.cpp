@@ -30,30 +30,38 @@ void pack_panel(const T* weight, int64_t first, int64_t rows, int64_t k, int64_t
     for (int64_t j = 0; j < rows; ++j) out[(whole * kPanel + j) * width] = weight[(first + j) * ldw + k - 1];
 }
 
-// Adds the bias or applies silu(gate) * up to a tile of float results, and stores it in the output's type.
+// Stores a tile of float results in the output's type, with silu(gate) * up of paired panels or plus the bias.
+template <class Out, bool kPaired>
+__attribute__((noinline)) void finish(const LinearArgs& args, const float* tile, int64_t stride, int64_t row,
+                                      int64_t rows, int64_t panel, int64_t panels) {
+  constexpr int64_t unit = kPaired ? 2 : 1;
+  const int64_t column = panel / unit * kPanel;
+  Out* out = (Out*)args.out + row * args.n + column;
+  const auto value = [&](int64_t p) {
+    const F16x v = load16(tile + p * 16);
+    return kPaired ? silu(v) * load16(tile + p * 16 + 16) : v;
+  };
+  if (!args.bias && column + panels / unit * kPanel <= args.n) {  // nothing to add, nothing to cut
+    for (int64_t i = 0; i < rows; ++i, out += args.n, tile += stride)
+      for (int64_t p = 0; p < panels; p += unit) store16(out + p / unit * 16, value(p));
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i, out += args.n, tile += stride)
+    for (int64_t p = 0; p < panels; p += unit) {
+      const int64_t first = p / unit * kPanel, left = args.n - column - first;
+      F16x v = value(p);
+      if (args.bias)
+        by_type(args.bias_type,
+                [&](auto t) { v = v + load_some((const decltype(t)*)args.bias + column + first, left); });
+      store_some(out + first, v, left);
+    }
+}
+
 template <class Out>
 void finish(const LinearArgs& args, const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t panel,
             int64_t panels) {
-  for (int64_t i = 0; i < rows; ++i) {
-    Out* out = (Out*)args.out + (row + i) * args.n;
-    const float* in = tile + i * stride;
-    if (args.paired) {
-      for (int64_t p = 0; p < panels; p += 2) {
-        const int64_t col = (panel + p) / 2 * kPanel;
-        store_some(out + col, silu(load16(in + p * 16)) * load16(in + p * 16 + 16), args.n - col);
-      }
-      continue;
-    }
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t col = (panel + p) * kPanel;
-      F16x v = load16(in + p * 16);
-      if (args.bias)
-        by_type(args.bias_type, [&](auto t) {
-          v = v + load_some((const decltype(t)*)args.bias + col, args.n - col);
-        });
-      store_some(out + col, v, args.n - col);
-    }
-  }
+  if (args.paired) finish<Out, true>(args, tile, stride, row, rows, panel, panels);
+  else finish<Out, false>(args, tile, stride, row, rows, panel, panels);
 }
 
 void epilogue(const LinearArgs& args, const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t panel,
@@ -103,33 +111,39 @@ void linear_block(const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int
 }
 
 #if defined(ATOM_AMX)
-constexpr int64_t kTilesGroup = 8;  // panels at most
+constexpr int64_t kTilesGroup = 8;  // panels at most; kGroup where K takes several blocks, so that a stream fetches one
 
 // For one tile of rows, reading the weights is what takes the time: one sequential stream.
 void one_tile(Tile t, int64_t panels) {
   for (int64_t p = 0; p < panels; ++p, t.b += t.panel_bytes, t.c += kPanel) {
     t.prefetch = t.b + 4 * kAheadBytes;
-    tile_product<1, 1>(t, 0, 16);
+    tile_product<1, 1>(t, 0, {16 / kStreams, 64 * 16 / kStreams});
   }
 }
 
-// The same by tile registers: two tiles of rows stay in the L1 cache while they meet the panels of a group.
-void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+// The same by tile registers: two tiles of rows stay in the L1 cache while they meet the panels of a group. Meanwhile the
+// next group is fetched; `after` begins the one after p1, or is null.
+void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int64_t p0, int64_t p1,
+                  const char* after) {
   static thread_local Scratch scratch;
   const int64_t steps = ksteps(args.type, args.k), panel_bytes = steps * 64;
-  const int64_t block_steps = std::min(steps, kBlockSteps), most = std::min(kTilesGroup, p1 - p0);
+  const int64_t block_steps = std::min(steps, kBlockSteps);
+  const int64_t most = std::min(block_steps == steps ? kTilesGroup : kGroup, p1 - p0);
   constexpr int64_t kStride = 2 * kPanel, kResult = 32 * kStride;  // floats of two tiles of rows and two panels
-  const int64_t results = block_steps == steps ? 1 : kMaxBlockRows / 32 * kTilesGroup / 2;
+  const int64_t results = block_steps == steps ? 1 : kMaxBlockRows / 32 * kGroup / 2;
   float* result = (float*)scratch.get(results * kResult * sizeof(float));
   const bool plain = args.out_type == DType::f32 && !args.bias && !args.paired && results == 1;
   for (int64_t row = m0; row < m1; row += kMaxBlockRows) {
     tiles.take(std::min(kMaxBlockRows, m1 - row));
-    const int64_t blocks = (tiles.count() + 1) / 2, lines = (32 + blocks - 1) / blocks;
+    const int64_t blocks = (tiles.count() + 1) / 2;
     for (int64_t group = p0; group < p1; group += most) {
-      const int64_t end = std::min(group + most, p1);
+      const int64_t end = std::min(group + most, p1), pairs = (end - group + 1) / 2;
+      const char* const begin = (const char*)args.packed + group * panel_bytes;
       for (int64_t s = 0; s < steps; s += block_steps) {
         const bool last = s + block_steps >= steps;
-        const int64_t next = last ? most * panel_bytes - s * 64 : block_steps * 64;  // what is needed after this
+        const char* const next = !last ? begin + (s + block_steps) * 64 : end < p1 ? begin + most * panel_bytes : after;
+        Fetch fetch{0, pairs * 2 * panel_bytes / kStreams};  // all streams together cover a group
+        if (next) fetch.lines = int((32 + kStreams * blocks - 1) / (kStreams * blocks));
         for (int64_t block = 0; block < blocks; ++block) {
           const int64_t first = row + tiles.first(2 * block), second = row + tiles.first(2 * block + 1) - first;
           const bool two = 2 * block + 1 < tiles.count();
@@ -138,12 +152,12 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
             t.steps = std::min(block_steps, steps - s);
             t.a = a.data + first * a.stride + s * 4;
             t.a_stride = a.stride;
-            t.b = (const char*)args.packed + p * panel_bytes + s * 64;
+            t.b = begin + (p - group) * panel_bytes + s * 64;
             t.panel_bytes = panel_bytes;
-            t.c = result + (results == 1 ? 0 : block * kTilesGroup / 2 + (p - group) / 2) * kResult;
+            t.c = result + (results == 1 ? 0 : block * kGroup / 2 + (p - group) / 2) * kResult;
             t.c_stride = kStride;
             t.accumulate = s > 0;
-            t.prefetch = t.b + next + block * lines * t.steps * 4;
+            t.prefetch = next + (block * pairs + (p - group) / 2) * fetch.lines * t.steps * 4;
             const int64_t panels = std::min<int64_t>(2, end - p);
             const bool direct = plain && (!two || second == 16) && (p + panels) * kPanel <= args.n;
             if (direct) {  // the registers are the result
@@ -153,9 +167,9 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
             if (tiles.count() == 1) {
               one_tile(t, panels);
             } else if (panels == 2) {
-              two ? tile_product<2, 2>(t, second, int(lines)) : tile_product<1, 2>(t, 0, int(lines));
+              two ? tile_product<2, 2>(t, second, fetch) : tile_product<1, 2>(t, 0, fetch);
             } else {
-              two ? tile_product<2, 1>(t, second, 0) : tile_product<1, 1>(t, 0, 0);
+              two ? tile_product<2, 1>(t, second, {}) : tile_product<1, 1>(t, 0, {});
             }
             if (!last || direct) continue;
             epilogue(args, t.c, kStride, first, tiles.height(), p, panels);
@@ -257,7 +271,8 @@ void linear(const LinearArgs& args, int threads) {
       const int64_t size = (most / ((most + kMaxBlockRows - 1) / kMaxBlockRows) + 31) / 32 * 32;
       shares<RowTiles>(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
                        [&](RowTiles& tiles, int, int64_t begin, int64_t end) {
-                         linear_tiles(tiles, args, a, begin * size, std::min(args.m, end * size), 0, columns * unit);
+                         linear_tiles(tiles, args, a, begin * size, std::min(args.m, end * size), 0, columns * unit,
+                                      nullptr);
                        });
       return;
     }
@@ -265,7 +280,9 @@ void linear(const LinearArgs& args, int threads) {
     const int64_t grain = columns * unit >= 64 * kTilesGroup * threads ? kTilesGroup : kGroup;
     shares<RowTiles>(threads, grain / unit, columns_of, [&](RowTiles& tiles, int part, int64_t begin, int64_t end) {
       const Range m = share(args.m, part % best_rows, best_rows);
-      linear_tiles(tiles, args, a, m.begin, m.end, begin * unit, end * unit);
+      const char* next = (const char*)args.packed + end * unit * ksteps(args.type, args.k) * 64;
+      linear_tiles(tiles, args, a, m.begin, m.end, begin * unit, end * unit,
+                   end < columns_of(part).end ? next : nullptr);
     });
     return;
   }
