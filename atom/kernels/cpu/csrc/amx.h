@@ -74,21 +74,28 @@ class RowRegisters {
   TileRegisters registers_{kShapes(16)};
 };
 
-// What every K tile of a product fetches: `lines` cache lines of each of some streams, which begin `stride` bytes apart.
-// The hardware runs ahead of each: memory answers four faster than one.
+// What every K tile of a product fetches: the next lines of each of kStreams streams, which begin `stride` bytes apart.
+// The hardware runs ahead of a stream: memory answers four faster than one.
 constexpr int kStreams = 4;
 struct Fetch {
-  int lines = 0;
-  int64_t stride = 64;
+  int lines = 0;  // of each stream
+  int64_t stride = 0;
 };
 
 // C[R * 16, P * 16] (+)= A * B for one or two tiles of rows and one or two panels; the second tile begins `second` rows
-// after the first. t.prefetch is where the first stream begins. A stays in the L1 cache, as B is read past it.
+// after the first. t.prefetch is where the first stream begins; one tile of rows and one panel have only that. A stays in
+// the L1 cache, as B is read past it.
+// A register is loaded again as soon as its products are given out: where another thread of the core takes its share, loads
+// and products add up unless they lie far apart.
 template <int R, int P>
 __attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch fetch) {
   const int64_t c_bytes = t.c_stride * 4, a_stride = t.a_stride;
   const char *a = t.a, *b = t.b, *ahead = t.prefetch, *a1 = a + second * a_stride, *b1 = b + t.panel_bytes;
   float *c = t.c, *c1 = c + 16 * t.c_stride;
+  const auto fetch_some = [&] {
+    for (int i = 0; i < fetch.lines; ++i, ahead += 64)
+      for (int j = 0; j < (R * P == 1 ? 1 : kStreams); ++j) __builtin_prefetch(ahead + j * fetch.stride, 0, 2);
+  };
   TileRegisters::barrier();
   if (t.accumulate) {
     _tile_loadd(0, c, c_bytes);
@@ -101,23 +108,27 @@ __attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch
     if constexpr (R == 2) _tile_zero(2);
     if constexpr (R == 2 && P == 2) _tile_zero(3);
   }
-  for (int64_t s = 0; s < t.steps; s += kStepsOfTile) {
-    _tile_stream_loadd(6, b, 64);
-    _tile_loadd(4, a, a_stride);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (R == 2) {
-      _tile_loadd(5, a1, a_stride);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    for (int i = 0; i < fetch.lines; ++i, ahead += 64)
-      for (int j = 0; j < kStreams; ++j) __builtin_prefetch(ahead + j * fetch.stride, 0, 2);
-    if constexpr (P == 2) {
-      _tile_stream_loadd(7, b1, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (R == 2) _tile_dpbf16ps(3, 5, 7);
-    }
+  _tile_stream_loadd(6, b, 64);
+  _tile_loadd(4, a, a_stride);
+  if constexpr (R == 2) _tile_loadd(5, a1, a_stride);
+  if constexpr (P == 2) _tile_stream_loadd(7, b1, 64);
+  for (int64_t left = t.steps - kStepsOfTile; left > 0; left -= kStepsOfTile) {
     a += 64, a1 += 64, b += 1024, b1 += 1024;
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
+    _tile_stream_loadd(6, b, 64);
+    fetch_some();
+    if constexpr (P == 2) _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(4, a, a_stride);
+    if constexpr (R == 2 && P == 2) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (R == 2) _tile_loadd(5, a1, a_stride);
+    if constexpr (P == 2) _tile_stream_loadd(7, b1, 64);
   }
+  fetch_some();
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (P == 2) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (R == 2 && P == 2) _tile_dpbf16ps(3, 5, 7);
   _tile_stored(0, c, c_bytes);
   if constexpr (P == 2) _tile_stored(1, c + 16, c_bytes);
   if constexpr (R == 2) _tile_stored(2, c1, c_bytes);

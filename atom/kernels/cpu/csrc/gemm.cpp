@@ -117,7 +117,7 @@ constexpr int64_t kTilesGroup = 8;  // panels at most; kGroup where K takes seve
 void one_tile(Tile t, int64_t panels) {
   for (int64_t p = 0; p < panels; ++p, t.b += t.panel_bytes, t.c += kPanel) {
     t.prefetch = t.b + 4 * kAheadBytes;
-    tile_product<1, 1>(t, 0, {16 / kStreams, 64 * 16 / kStreams});
+    tile_product<1, 1>(t, 0, {16, 0});
   }
 }
 
