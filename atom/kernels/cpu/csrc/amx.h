@@ -83,10 +83,10 @@ struct Fetch {
 };
 
 // C[R * 16, P * 16] (+)= A * B for one or two tiles of rows and one or two panels; the second tile begins `second` rows
-// after the first. t.prefetch is where the first stream begins; one tile of rows and one panel have only that. A stays in
-// the L1 cache, as B is read past it.
-// A register is loaded again as soon as its products are given out: where another thread of the core takes its share, loads
-// and products add up unless they lie far apart.
+// after the first. t.prefetch is where the first stream begins; one tile of rows and one panel have only that. A stays
+// in the L1 cache, as B is read past it.
+// A register is loaded again as soon as its products are given out: where another thread of the core takes its share,
+// loads and products add up unless they lie far apart.
 template <int R, int P>
 __attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch fetch) {
   const int64_t c_bytes = t.c_stride * 4, a_stride = t.a_stride;

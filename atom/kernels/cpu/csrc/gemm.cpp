@@ -121,10 +121,10 @@ void one_tile(Tile t, int64_t panels) {
   }
 }
 
-// The same by tile registers: two tiles of rows stay in the L1 cache while they meet the panels of a group. Meanwhile the
-// next group is fetched; `after` begins the one after p1, or is null.
+// The same by tile registers: two tiles of rows stay in the L1 cache while they meet the panels of a group. Meanwhile
+// the next group is fetched, unless it begins at `limit`, where another thread's panels do.
 void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int64_t p0, int64_t p1,
-                  const char* after) {
+                  int64_t limit) {
   static thread_local Scratch scratch;
   const int64_t steps = ksteps(args.type, args.k), panel_bytes = steps * 64;
   const int64_t block_steps = std::min(steps, kBlockSteps);
@@ -141,7 +141,9 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
       const char* const begin = (const char*)args.packed + group * panel_bytes;
       for (int64_t s = 0; s < steps; s += block_steps) {
         const bool last = s + block_steps >= steps;
-        const char* const next = !last ? begin + (s + block_steps) * 64 : end < p1 ? begin + most * panel_bytes : after;
+        const char* const next = !last         ? begin + (s + block_steps) * 64
+                                 : end < limit ? begin + (end - group) * panel_bytes
+                                               : nullptr;
         Fetch fetch{0, pairs * 2 * panel_bytes / kStreams};  // all streams together cover a group
         if (next) fetch.lines = int((32 + kStreams * blocks - 1) / (kStreams * blocks));
         for (int64_t block = 0; block < blocks; ++block) {
@@ -272,7 +274,7 @@ void linear(const LinearArgs& args, int threads) {
       shares<RowTiles>(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
                        [&](RowTiles& tiles, int, int64_t begin, int64_t end) {
                          linear_tiles(tiles, args, a, begin * size, std::min(args.m, end * size), 0, columns * unit,
-                                      nullptr);
+                                      columns * unit);
                        });
       return;
     }
@@ -280,9 +282,7 @@ void linear(const LinearArgs& args, int threads) {
     const int64_t grain = columns * unit >= 64 * kTilesGroup * threads ? kTilesGroup : kGroup;
     shares<RowTiles>(threads, grain / unit, columns_of, [&](RowTiles& tiles, int part, int64_t begin, int64_t end) {
       const Range m = share(args.m, part % best_rows, best_rows);
-      const char* next = (const char*)args.packed + end * unit * ksteps(args.type, args.k) * 64;
-      linear_tiles(tiles, args, a, m.begin, m.end, begin * unit, end * unit,
-                   end < columns_of(part).end ? next : nullptr);
+      linear_tiles(tiles, args, a, m.begin, m.end, begin * unit, end * unit, columns_of(part).end * unit);
     });
     return;
   }
