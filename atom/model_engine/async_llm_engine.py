@@ -402,12 +402,13 @@ class AsyncLLMEngine:
 
     async def _start_core(self, core: CoreConnection | None = None) -> None:
         core = core if core is not None else CoreConnection(self.config, self._settings)
+        waiting = asyncio.ensure_future(asyncio.to_thread(core.wait_ready))
         try:
-            ready = await asyncio.to_thread(core.wait_ready)
+            ready = await asyncio.shield(waiting)
         except asyncio.CancelledError:
-            core.kill()  # the thread notices, and ends before the socket is closed
-            await asyncio.to_thread(core.wait_ended)
-            await asyncio.sleep(0.3)
+            core.kill()
+            # The thread notices, and must have ended before the socket is closed.
+            await asyncio.gather(waiting, return_exceptions=True)
             core.close(grace=0)
             raise
         except BaseException:

@@ -117,7 +117,8 @@ def test_config_has_a_memory_plan(run):
 
 
 def test_it_streams_and_ctrl_c_ends_it_without_a_trace():
-    command = [*ATOM, "generate", "Once upon a time", *SMALL, "--max-tokens", "200", "--ignore-eos"]
+    endless = ["--ignore-eos", "--max-model-len", "4096", "--max-tokens", "4000"]  # so that it can't end by itself
+    command = [*ATOM, "generate", "Once upon a time", *SMALL, *endless]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.read(1)  # it is generating
         time.sleep(0.05)

@@ -4,9 +4,12 @@ import argparse
 import atexit
 import gc
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from atom.utils import startup
@@ -88,12 +91,41 @@ def quick_start() -> Iterator[None]:
     """
     gc.disable()
     try:
-        yield
+        with _signals_raised_again():
+            yield
     finally:
         gc.freeze()
         # Frozen objects would outlive the interpreter's last collection, and extension modules complain of leaks.
         atexit.register(gc.unfreeze)
         gc.enable()
+
+
+@contextmanager
+def _signals_raised_again() -> Iterator[None]:
+    """A signal whose handler raises ends this block at its end at the latest.
+
+    Modules that are being imported swallow exceptions, where they look whether another module can be used.
+    """
+    came: list[int] = []
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        handlers[number](number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for known, handler in handlers.items():
+            signal.signal(known, handler)
+    if came:
+        handlers[came[0]](came[0], None)
 
 
 def run_guarded(program: str, call: Callable[[], int]) -> int:

@@ -49,7 +49,9 @@ def run_server(args: "EngineArgs", settings: ServerSettings) -> int:
                 import uvicorn  # noqa: F401 - modules load while nobody waits for the event loop
 
                 import atom.entrypoints.openai.api_server  # noqa: F401
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+
+                loop_factory = _loop_factory()
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
             return runner.run(_serve(config, core, settings, listener))
 
 

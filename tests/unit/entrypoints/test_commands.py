@@ -1,6 +1,8 @@
 """The command line without a model: flags, errors, exit codes, and what it imports."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from atom import __version__
 from atom.entrypoints import cli
 from atom.entrypoints.commands import bench
-from atom.entrypoints.commands.common import run_guarded, sampling_params
+from atom.entrypoints.commands.common import quick_start, run_guarded, sampling_params
 from atom.model_engine.arg_utils import EngineArgs
 from atom.utils.errors import ConfigError, RequestError
 
@@ -202,3 +204,26 @@ def test_config_reports_every_field_and_why(capsys, tmp_path):
 def test_modules_of_commands_are_all_reachable():
     folder = Path(cli.__file__).parent / "commands"
     assert {p.stem for p in folder.glob("*.py")} - {"__init__", "common", "bench_serve"} == set(cli._COMMANDS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_module_swallows_still_ends_the_start(number):
+    def handler(number, frame):
+        raise SystemExit(number)
+
+    def start():
+        with quick_start():
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(number)
+            passed.append("the module")
+
+    passed = []
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            start()
+        assert caught.value.code == number
+        assert passed
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
