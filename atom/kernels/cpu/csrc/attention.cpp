@@ -569,14 +569,15 @@ class Attention {
                           int64_t next_head, const Buffers& buffers, const char* query, const State& state,
                           F&& weigh) const {
     constexpr int64_t kGroups = kTile / kGroupSlots;
-    const int64_t size = kGroupSlots * args_.dim, bytes = size * 2, lines = 16 * sizeof(C) / 2;
+    const int64_t size = kGroupSlots * args_.dim, bytes = size * 2;
     const int64_t first = now.begin / kGroupSlots, last = (now.end + kGroupSlots - 1) / kGroupSlots;
-    const char *keys[kGroups], *values[kGroups], *next_keys[kGroups], *next_values[kGroups];
-    for (int64_t g = 0; g < kGroups; ++g) {
-      const bool fetched = g * kGroupSlots < next.end && (g + 1) * kGroupSlots > next.begin;
-      next_keys[g] = fetched ? (const char*)(next.key[g] + next_head * size) : buffers.zeros;
-      next_values[g] = fetched ? (const char*)(next.value[g] + next_head * size) : buffers.zeros;
+    const char *keys[kGroups], *values[kGroups];
+    FetchAhead fetch;
+    for (int64_t g = next.begin / kGroupSlots; g * kGroupSlots < next.end; ++g) {
+      fetch.add(next.key[g] + next_head * size);
+      fetch.add(next.value[g] + next_head * size);
     }
+    fetch.lines(size * sizeof(C) / 64);
     for (int64_t g = first; g < last; ++g) {
       keys[g] = (const char*)(now.key[g] + head * size);
       values[g] = (const char*)(now.value[g] + head * size);
@@ -593,17 +594,12 @@ class Attention {
       }
     }
     for (int64_t r = 0; r < rows; r += 16)
-      tile_scores(query + r * args_.dim * 2, args_.dim, keys, first, last, buffers.scores + r * kTile, kTile,
-                  {next_keys, r ? 0 : int(lines)});
+      tile_scores(query + r * args_.dim * 2, args_.dim, keys, first, last, buffers.scores + r * kTile, kTile, fetch);
     weigh();
     for (int64_t r = 0; r < rows; r += 16)
       tile_values((const char*)(buffers.probabilities + r * kTile), kTile, values, first, last,
-                  state.values + r * width_, args_.dim, {next_values, r ? 0 : int(lines / 2)});
-    for (int64_t g = 0; g < kGroups; ++g)  // what the tile's own groups left
-      for (int64_t at = 0; (g < first || g >= last) && at < size * (int64_t)sizeof(C); at += 64) {
-        __builtin_prefetch(next_keys[g] + at, 0, 2);
-        __builtin_prefetch(next_values[g] + at, 0, 2);
-      }
+                  state.values + r * width_, args_.dim, fetch);
+    fetch.some(kTile);
   }
 #endif
 

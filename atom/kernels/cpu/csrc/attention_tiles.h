@@ -40,19 +40,27 @@ ATOM_INLINE void each_result(int64_t first, int64_t last, F&& f) {
   if (first <= 3 && last > 3) f(Result<3>{}, 3);
 }
 
-// What to fetch meanwhile: `lines` cache lines of a group of the next tile for every tile register that is filled.
-struct FetchAhead {
-  const char* const* groups;
-  int lines;
-  ATOM_INLINE void tile(int group, int64_t index) const {
-    const char* at = groups[group] + index * lines * 64;
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(at + i * 64, 0, 2);
+// What to fetch meanwhile: the next tile's groups, all of them line by line in turn. Memory answers eight streams into
+// the L1 cache a fifth faster than one after another into the L2 cache.
+class FetchAhead {
+ public:
+  // A group's keys or values, whose lines count as many as those of all others.
+  ATOM_INLINE void add(const void* group) { streams_[count_++] = (const char*)group; }
+  ATOM_INLINE void lines(int64_t count) { end_ = count * 64; }
+  ATOM_INLINE void some(int lines) {
+    for (; lines > 0 && at_ < end_; --lines, at_ += 64)
+      for (int i = 0; i < count_; ++i) __builtin_prefetch(streams_[i] + at_, 0, 3);
   }
+
+ private:
+  const char* streams_[8];
+  int count_ = 0;
+  int64_t at_ = 0, end_ = 0;
 };
 
 // Scores of a tile of rows, `stride` floats apart, with groups first..last-1; queries are dim bf16 each, contiguous.
 ATOM_INLINE void tile_scores(const char* queries, int64_t dim, const char* const* keys, int64_t first, int64_t last,
-                             float* scores, int64_t stride, FetchAhead next) {
+                             float* scores, int64_t stride, FetchAhead& next) {
   TileRegisters::barrier();
   each_result(first, last, [](auto result, int) { result.zero(); });
   for (int64_t s = 0; s < dim / 32; ++s) {
@@ -60,7 +68,7 @@ ATOM_INLINE void tile_scores(const char* queries, int64_t dim, const char* const
     each_result(first, last, [&](auto result, int g) {
       _tile_loadd(6, keys[g] + s * 1024, 64);
       result.add_scores();
-      next.tile(g, s);
+      next.some(2);
     });
   }
   each_result(first, last, [&](auto result, int g) { result.store(scores + g * 16, stride * 4); });
@@ -69,7 +77,7 @@ ATOM_INLINE void tile_scores(const char* queries, int64_t dim, const char* const
 
 // sums [rows][dim] += probabilities of groups first..last-1 (bf16 rows, `stride` apart) times their values.
 ATOM_INLINE void tile_values(const char* probabilities, int64_t stride, const char* const* values, int64_t first,
-                             int64_t last, float* sums, int64_t dim, FetchAhead next) {
+                             int64_t last, float* sums, int64_t dim, FetchAhead& next) {
   TileRegisters::barrier();
   for (int64_t panel = 0; panel < dim / 16; panel += 4) {
     const int64_t panels = std::min<int64_t>(4, dim / 16 - panel);
@@ -79,7 +87,7 @@ ATOM_INLINE void tile_values(const char* probabilities, int64_t stride, const ch
       each_result(0, panels, [&](auto result, int p) {
         _tile_loadd(7, values[g] + (panel + p) * 512, 64);
         result.add_values();
-        next.tile(int(g), panel + p);
+        next.some(1);
       });
     }
     each_result(0, panels, [&](auto result, int p) { result.store(sums + (panel + p) * 16, dim * 4); });
