@@ -197,15 +197,15 @@ void few_scores(const C* const* keys, const C* const* next, int64_t panels, int6
 
 template <class C, int R>
 void few_values(const C* const* rows, const C* const* next, int64_t count, int64_t dim, const bf16* probabilities,
-                float* values, int64_t width) {
+                float* values, int64_t width, bool fresh) {
   const __m512i low = interleave_low(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t c = 0; c < dim; c += 32) {
     const bool two = dim - c > 16;
     __m512 acc[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      acc[r][0] = _mm512_loadu_ps(values + r * width + c);
-      acc[r][1] = two ? _mm512_loadu_ps(values + r * width + c + 16) : _mm512_setzero_ps();
+      acc[r][0] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(values + r * width + c);
+      acc[r][1] = two && !fresh ? _mm512_loadu_ps(values + r * width + c + 16) : _mm512_setzero_ps();
     }
     for (int64_t k = 0; k < count; k += 2) {
       const __m512i a = load32(rows[k] + c, dim - c), b = load32(rows[k + 1] + c, dim - c);
@@ -413,7 +413,8 @@ class Attention {
         auto* to = (typename On::Element*)(query + (t * group_ + g) * steps_ * 4);
         if constexpr (std::is_same_v<Q, typename On::Element>) {
           memcpy((void*)to, from, args_.dim * sizeof(Q));
-          memset((void*)(to + args_.dim), 0, (steps_ * On::width - args_.dim) * sizeof(Q));
+          if (steps_ * On::width > args_.dim)
+            memset((void*)(to + args_.dim), 0, (steps_ * On::width - args_.dim) * sizeof(Q));
         } else {
           for (int64_t i = 0; i < args_.dim; i += 16)
             store_some(to + i, load_some(from + i, args_.dim - i), args_.dim - i);
@@ -445,18 +446,19 @@ class Attention {
   void split(const Work& w, int64_t index, const Buffers& buffers, float* states, const Work* following) const {
     const int64_t rows = w.tokens * group_;
     const KeyRange keys = key_range(w);
-    for (int64_t h = 0; h < w.heads; ++h) clear(State(states + h * state_floats(), rows), rows);
     const int64_t end = std::min(keys.end, (index + 1) * kSplit);
     TileRows<C> rows_now, rows_next;
     const int64_t first = std::max(index * kSplit, keys.begin / kTile * kTile);
-    if (first < end) locate(w, first, rows_now);
+    if (first >= end)
+      for (int64_t h = 0; h < w.heads; ++h) clear(State(states + h * state_floats(), rows), rows);
+    else locate(w, first, rows_now);
     for (int64_t start = first; start < end; start += kTile) {
       rows_next.begin = rows_next.end = 0;
       if (start + kTile < keys.end) locate(w, start + kTile, rows_next);
       else if (following && following->heads == w.heads)
         locate(*following, key_range(*following).begin / kTile * kTile, rows_next);
       for (int64_t h = 0; h < w.heads; ++h)
-        tile(w, h, start, rows_now, rows_next, buffers, buffers.query + h * query_bytes(),
+        tile(w, h, start, start == first, rows_now, rows_next, buffers, buffers.query + h * query_bytes(),
              State(states + h * state_floats(), rows));
       rows_now = rows_next;
     }
@@ -517,8 +519,9 @@ class Attention {
   }
 
   // The share of the work's head h in the tile that starts at key `start`; the next tile's rows are fetched meanwhile.
-  void tile(const Work& w, int64_t h, int64_t start, const TileRows<C>& rows_now, const TileRows<C>& rows_next,
-            const Buffers& buffers, const char* query, const State& state) const {
+  // fresh: it is the first of its state, which holds nothing yet.
+  void tile(const Work& w, int64_t h, int64_t start, bool fresh, const TileRows<C>& rows_now,
+            const TileRows<C>& rows_next, const Buffers& buffers, const char* query, const State& state) const {
     const int64_t rows = w.tokens * group_, panels = (rows_now.end + 15) / 16;
     const int64_t head = w.head + h;
     alignas(64) float key_scale[kTile], value_scale[kTile];
@@ -526,10 +529,10 @@ class Attention {
       scales(w, args_.k, head, start, rows_now, key_scale);
       scales(w, args_.v, head, start, rows_now, value_scale);
     }
-    const auto weigh = [&] { softmax(w, start, panels, buffers, state, key_scale, value_scale); };
+    const auto weigh = [&] { softmax(w, start, panels, fresh, buffers, state, key_scale, value_scale); };
 #if defined(ATOM_AMX)
     if constexpr (On::tiles)
-      return groups(rows, head, rows_now, rows_next, rows_next.head + h, buffers, query, state, weigh);
+      return groups(rows, head, fresh, rows_now, rows_next, rows_next.head + h, buffers, query, state, weigh);
 #endif
     const C *keys[kTile], *values[kTile];
     head_rows(rows_now, head, panels, buffers.zeros, keys, values);
@@ -543,7 +546,8 @@ class Attention {
         });
         weigh();
         with_constant<kFewRows>(rows, [&](auto r) {
-          few_values<C, r()>(values, next_values, panels * 16, args_.dim, buffers.probabilities, state.values, width_);
+          few_values<C, r()>(values, next_values, panels * 16, args_.dim, buffers.probabilities, state.values, width_,
+                             fresh);
         });
         return fetch(rows_next, rows_next.head + h, panels * 16);
       }
@@ -559,13 +563,13 @@ class Attention {
     weigh();
     multiply<typename On::Step>({panels * 16 / On::width, (const char*)buffers.probabilities,
                                  kTile * (int64_t)sizeof(typename On::Element), buffers.values, value_panel,
-                                 state.values, width_, true, nullptr}, rows, width_ / 16);
+                                 state.values, width_, !fresh, nullptr}, rows, width_ / 16);
   }
 
 #if defined(ATOM_AMX)
   // The same over the groups of a tiled cache.
   template <class F>
-  ATOM_INLINE void groups(int64_t rows, int64_t head, const TileRows<C>& now, const TileRows<C>& next,
+  ATOM_INLINE void groups(int64_t rows, int64_t head, bool fresh, const TileRows<C>& now, const TileRows<C>& next,
                           int64_t next_head, const Buffers& buffers, const char* query, const State& state,
                           F&& weigh) const {
     constexpr int64_t kGroups = kTile / kGroupSlots;
@@ -598,18 +602,18 @@ class Attention {
     weigh();
     for (int64_t r = 0; r < rows; r += 16)
       tile_values((const char*)(buffers.probabilities + r * kTile), kTile, values, first, last,
-                  state.values + r * width_, args_.dim, fetch);
+                  state.values + r * width_, args_.dim, fresh, fetch);
     fetch.some(kTile);
   }
 #endif
 
-  void softmax(const Work& w, int64_t start, int64_t panels, const Buffers& buffers, const State& state,
+  void softmax(const Work& w, int64_t start, int64_t panels, bool fresh, const Buffers& buffers, const State& state,
                const float* key_scale, const float* value_scale) const {
     with_constant<kTile / 16>(panels, [&](auto n) {
       for (int64_t t = 0, r = 0; t < w.tokens; ++t) {
         const int64_t last = position(w.request, w.first + t), first = first_seen(last);
         for (int64_t g = 0; g < group_; ++g, ++r)
-          softmax_row<n()>(buffers, state, r, first - start, last - start, key_scale, value_scale);
+          softmax_row<n()>(fresh, buffers, state, r, first - start, last - start, key_scale, value_scale);
       }
     });
   }
@@ -617,8 +621,8 @@ class Attention {
   // Scores of a row -> probabilities relative to the new maximum; what was summed before is rescaled to it.
   // Keys first..last of the tile are seen.
   template <int kPanels>
-  ATOM_INLINE void softmax_row(const Buffers& buffers, const State& state, int64_t r, int64_t first, int64_t last,
-                               const float* key_scale, const float* value_scale) const {
+  ATOM_INLINE void softmax_row(bool fresh, const Buffers& buffers, const State& state, int64_t r, int64_t first,
+                               int64_t last, const float* key_scale, const float* value_scale) const {
     constexpr bool scaled = std::is_same_v<C, f8>;
     float* scores = buffers.scores + r * kTile;
     auto* probabilities = buffers.probabilities + r * kTile;
@@ -630,10 +634,12 @@ class Attention {
       if (p * 16 < first || p * 16 + 15 > last) s[p] = masked(s[p], first - p * 16, last - p * 16);
       top = max(s[p], top);
     }
-    const float before = state.top[r], now = std::max(before, lane_max(top));
+    const float before = fresh ? -INFINITY : state.top[r], now = std::max(before, lane_max(top));
     const F16x shift = splat(now == -INFINITY ? 0.0f : now);
-    F16x sum = load16(state.sum + r * 16);
-    if (now != before) {
+    F16x sum = fresh ? splat(0.0f) : load16(state.sum + r * 16);
+    if (fresh) {
+      state.top[r] = now;
+    } else if (now != before) {
       const F16x factor = exp2(splat(before) - shift);
       sum = sum * factor;
       for (int64_t c = 0; c < width_; c += 16)

@@ -75,13 +75,16 @@ ATOM_INLINE void tile_scores(const char* queries, int64_t dim, const char* const
   TileRegisters::barrier();
 }
 
-// sums [rows][dim] += probabilities of groups first..last-1 (bf16 rows, `stride` apart) times their values.
+// sums [rows][dim] += probabilities of groups first..last-1 (bf16 rows, `stride` apart) times their values; `fresh`
+// sums hold nothing yet.
 ATOM_INLINE void tile_values(const char* probabilities, int64_t stride, const char* const* values, int64_t first,
-                             int64_t last, float* sums, int64_t dim, FetchAhead& next) {
+                             int64_t last, float* sums, int64_t dim, bool fresh, FetchAhead& next) {
   TileRegisters::barrier();
   for (int64_t panel = 0; panel < dim / 16; panel += 4) {
     const int64_t panels = std::min<int64_t>(4, dim / 16 - panel);
-    each_result(0, panels, [&](auto result, int p) { result.load(sums + (panel + p) * 16, dim * 4); });
+    each_result(0, panels, [&](auto result, int p) {
+      fresh ? result.zero() : result.load(sums + (panel + p) * 16, dim * 4);
+    });
     for (int64_t g = first; g < last; ++g) {
       _tile_loadd(5, probabilities + g * 32, stride * 2);
       each_result(0, panels, [&](auto result, int p) {
