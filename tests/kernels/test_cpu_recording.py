@@ -6,7 +6,7 @@ import torch
 from atom.kernels.cpu.ops import fast
 from atom.kernels.cpu.recording import Recorded, Recorder, StepTensors
 
-T, HEADS, DIM, BLOCK, VOCAB = 5, 2, 32, 16, 50
+T, HEADS, DIM, BLOCK, VOCAB = 9, 2, 32, 16, 50
 HIDDEN = HEADS * DIM
 
 
@@ -19,16 +19,20 @@ def as_in_a_runner():
 class Model:
     """A layer of a model, called as a model's layers call the kernels."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.table = torch.randn(VOCAB, HIDDEN, generator=generator)
-        self.qkv = fast.pack_weight(torch.randn(3 * HIDDEN, HIDDEN, generator=generator) / 8, False)
-        self.head_weight = torch.rand(DIM, generator=generator)
-        self.weight = torch.rand(HIDDEN, generator=generator)
-        self.up = fast.pack_weight(torch.randn(4 * HIDDEN, HIDDEN, generator=generator) / 8, True)
-        self.gate_up = fast.pack_weight(torch.randn(2 * HIDDEN, 2 * HIDDEN, generator=generator) / 8, False)
-        self.cos_sin = torch.randn(64, DIM, generator=generator)
-        self.k_cache, self.v_cache = (torch.zeros(8, BLOCK, HEADS, DIM) for _ in range(2))
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        self.table = random(VOCAB, HIDDEN)
+        self.qkv = fast.pack_weight(random(3 * HIDDEN, HIDDEN) / 8, False)
+        self.head_weight = random(DIM).abs()
+        self.weight = random(HIDDEN).abs()
+        self.up = fast.pack_weight(random(4 * HIDDEN, HIDDEN) / 8, True)
+        self.gate_up = fast.pack_weight(random(2 * HIDDEN, 2 * HIDDEN) / 8, False)
+        self.cos_sin = random(64, DIM).float()
+        self.k_cache, self.v_cache = (torch.zeros(2 * T, BLOCK, HEADS, DIM, dtype=dtype) for _ in range(2))
 
     def __call__(self, s: StepTensors) -> torch.Tensor:
         residual = fast.embedding(s.input_ids, self.table)
@@ -50,7 +54,7 @@ class Model:
 def step(seed: int, count: int = T) -> StepTensors:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 2 * BLOCK, (count,), generator=generator, dtype=torch.int32)
-    blocks = torch.arange(2 * count, dtype=torch.int32).view(count, 2) % 8
+    blocks = torch.arange(2 * count, dtype=torch.int32).view(count, 2)
     slots = blocks[:, 0].long() * BLOCK
     return StepTensors(
         torch.randint(0, VOCAB, (count,), generator=generator),
@@ -62,15 +66,16 @@ def step(seed: int, count: int = T) -> StepTensors:
     )
 
 
-def test_a_replay_is_the_calls_on_other_inputs():
-    recorder, recorded, plain = Recorder(), Model(), Model()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replay_is_the_calls_on_other_inputs(dtype):
+    recorder, recorded, plain = Recorder(), Model(dtype), Model(dtype)
     replays = {}
-    for count in (5, 2, 3):  # they share memory
+    for count in (T, 2, 3):  # they share memory
         first = step(count, count)
         hidden, replays[count] = recorder.record(lambda s=first: recorded(s), first)
         assert torch.equal(hidden, plain(first))
     for seed in range(12):
-        inputs = step(seed, (2, 5, 3)[seed % 3])
+        inputs = step(seed, (2, T, 3)[seed % 3])
         assert torch.equal(replays[len(inputs.input_ids)].replay(inputs), plain(inputs))
     assert torch.equal(recorded.k_cache, plain.k_cache)
 

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "attention_pack.h"
 #include "attention_tiles.h"
 #include "micro.h"
 
@@ -62,102 +63,6 @@ struct State {
   static int64_t floats(int64_t rows, int64_t width) { return round_up(rows, 16) + rows * 16 + rows * width; }
   State(float* at, int64_t rows) : top(at), sum(at + round_up(rows, 16)), values(sum + rows * 16) {}
 };
-
-#if defined(ATOM_AVX512)
-ATOM_INLINE void transpose16(__m512i* r) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-#endif
-
-#if defined(ATOM_BF16_DOT)
-// Permutation of two vectors that pairs the first 16 values of one with those of the other.
-ATOM_INLINE __m512i interleave_low() {
-  alignas(64) static const uint16_t index[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  return _mm512_load_si512(index);
-}
-#endif
-
-// 16 keys -> [steps][16][width].
-template <class On, class C>
-void pack_keys(const C* const* keys, int64_t dim, int64_t steps, char* out) {
-#if defined(ATOM_AVX512)
-  for (int64_t s = 0; s < steps; s += 16) {
-    const int64_t at = s * On::width, left = dim - at;
-    __m512i r[16];
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) {
-#if defined(ATOM_BF16_DOT)
-      if constexpr (On::width == 2) r[j] = load32(keys[j] + at, left);
-#endif
-      if constexpr (std::is_same_v<On, OnFloat>) r[j] = (__m512i)load_some(keys[j] + at, left).r[0];
-    }
-    transpose16(r);
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j)
-      if (s + j < steps) _mm512_storeu_si512(out + (s + j) * 64, r[j]);
-  }
-#else
-  float* to = (float*)out;
-  for (int64_t j = 0; j < 16; ++j)
-    for (int64_t s = 0; s < steps; s += 16) {
-      float f[16];
-      const F16x v = load_some(keys[j] + s, dim - s);
-      memcpy(f, &v, 64);
-      for (int64_t i = 0; i < std::min<int64_t>(16, steps - s); ++i) to[(s + i) * 16 + j] = f[i];
-    }
-#endif
-}
-
-// keys rows -> panels of 16 columns [keys / width][16][width], panel_bytes apart.
-template <class On, class C>
-void pack_values(const C* const* rows, int64_t keys, int64_t dim, int64_t panel_bytes, char* out) {
-#if defined(ATOM_BF16_DOT)
-  if constexpr (On::width == 2) {
-    const __m512i low = interleave_low(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int64_t k = 0; k < keys; k += 2) {
-      for (int64_t c = 0; c < dim; c += 32) {
-        const __m512i a = load32(rows[k] + c, dim - c), b = load32(rows[k + 1] + c, dim - c);
-        char* to = out + c / 16 * panel_bytes + k * 32;
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
-        if (dim - c > 16) _mm512_storeu_si512(to + panel_bytes, _mm512_permutex2var_epi16(a, high, b));
-      }
-    }
-    return;
-  }
-#endif
-  if constexpr (std::is_same_v<On, OnFloat>) {
-    for (int64_t k = 0; k < keys; ++k)
-      for (int64_t c = 0; c < dim; c += 16)
-        store16((float*)(out + c / 16 * panel_bytes) + k * 16, load_some(rows[k] + c, dim - c));
-  }
-}
 
 #if defined(ATOM_BF16_DOT)
 // For a few rows (a decode) packing costs more than the products: the same sums straight from the cache's rows.
@@ -455,11 +360,14 @@ class Attention {
     for (int64_t start = first; start < end; start += kTile) {
       rows_next.begin = rows_next.end = 0;
       if (start + kTile < keys.end) locate(w, start + kTile, rows_next);
-      else if (following && following->heads == w.heads)
+      else if (following)
         locate(*following, key_range(*following).begin / kTile * kTile, rows_next);
-      for (int64_t h = 0; h < w.heads; ++h)
-        tile(w, h, start, start == first, rows_now, rows_next, buffers, buffers.query + h * query_bytes(),
+      for (int64_t h = 0; h < w.heads; ++h) {
+        const bool last = h + 1 == w.heads;
+        const Next next{last ? rows_next : rows_now, last ? rows_next.head : w.head + h + 1};
+        tile(w, h, start, start == first, rows_now, next, buffers, buffers.query + h * query_bytes(),
              State(states + h * state_floats(), rows));
+      }
       rows_now = rows_next;
     }
   }
@@ -518,10 +426,16 @@ class Attention {
                            (start + j) % args_.block_size * cache.scale_slot_stride + head * cache.scale_head_stride];
   }
 
-  // The share of the work's head h in the tile that starts at key `start`; the next tile's rows are fetched meanwhile.
+  // What is read after a head's rows of a tile.
+  struct Next {
+    const TileRows<C>& rows;
+    int64_t head;
+  };
+
+  // The share of the work's head h in the tile that starts at key `start`; what comes next is fetched meanwhile.
   // fresh: it is the first of its state, which holds nothing yet.
-  void tile(const Work& w, int64_t h, int64_t start, bool fresh, const TileRows<C>& rows_now,
-            const TileRows<C>& rows_next, const Buffers& buffers, const char* query, const State& state) const {
+  void tile(const Work& w, int64_t h, int64_t start, bool fresh, const TileRows<C>& rows_now, Next next,
+            const Buffers& buffers, const char* query, const State& state) const {
     const int64_t rows = w.tokens * group_, panels = (rows_now.end + 15) / 16;
     const int64_t head = w.head + h;
     alignas(64) float key_scale[kTile], value_scale[kTile];
@@ -532,7 +446,7 @@ class Attention {
     const auto weigh = [&] { softmax(w, start, panels, fresh, buffers, state, key_scale, value_scale); };
 #if defined(ATOM_AMX)
     if constexpr (On::tiles)
-      return groups(rows, head, fresh, rows_now, rows_next, rows_next.head + h, buffers, query, state, weigh);
+      return groups(rows, head, fresh, rows_now, next, buffers, query, state, weigh);
 #endif
     const C *keys[kTile], *values[kTile];
     head_rows(rows_now, head, panels, buffers.zeros, keys, values);
@@ -540,7 +454,7 @@ class Attention {
     if constexpr (std::is_same_v<On, OnBF16>) {
       if (few(w.tokens)) {
         const C *next_keys[kTile], *next_values[kTile];
-        head_rows(rows_next, rows_next.head + h, kTile / 16, buffers.zeros, next_keys, next_values);
+        head_rows(next.rows, next.head, kTile / 16, buffers.zeros, next_keys, next_values);
         with_constant<kFewRows>(rows, [&](auto r) {
           few_scores<C, r()>(keys, next_keys, panels, args_.dim, query, buffers.scores);
         });
@@ -549,15 +463,15 @@ class Attention {
           few_values<C, r()>(values, next_values, panels * 16, args_.dim, buffers.probabilities, state.values, width_,
                              fresh);
         });
-        return fetch(rows_next, rows_next.head + h, panels * 16);
+        return fetch(next.rows, next.head, panels * 16);
       }
     }
 #endif
     const int64_t key_panel = steps_ * 64, value_panel = kTile * 4 * 16 / On::width;
     for (int64_t p = 0; p < panels; ++p)
-      pack_keys<On>(keys + p * 16, args_.dim, steps_, buffers.keys + p * key_panel);
-    pack_values<On>(values, panels * 16, args_.dim, value_panel, buffers.values);
-    fetch(rows_next, rows_next.head + h, 0);
+      pack_keys<On::width>(keys + p * 16, args_.dim, steps_, buffers.keys + p * key_panel);
+    pack_values<On::width>(values, panels * 16, args_.dim, value_panel, buffers.values);
+    fetch(next.rows, next.head, 0);
     multiply<typename On::Step>({steps_, query, steps_ * 4, buffers.keys, key_panel, buffers.scores, kTile, false,
                                  nullptr}, rows, panels);
     weigh();
@@ -569,17 +483,17 @@ class Attention {
 #if defined(ATOM_AMX)
   // The same over the groups of a tiled cache.
   template <class F>
-  ATOM_INLINE void groups(int64_t rows, int64_t head, bool fresh, const TileRows<C>& now, const TileRows<C>& next,
-                          int64_t next_head, const Buffers& buffers, const char* query, const State& state,
+  ATOM_INLINE void groups(int64_t rows, int64_t head, bool fresh, const TileRows<C>& now, Next next,
+                          const Buffers& buffers, const char* query, const State& state,
                           F&& weigh) const {
     constexpr int64_t kGroups = kTile / kGroupSlots;
     const int64_t size = kGroupSlots * args_.dim, bytes = size * 2;
     const int64_t first = now.begin / kGroupSlots, last = (now.end + kGroupSlots - 1) / kGroupSlots;
     const char *keys[kGroups], *values[kGroups];
     FetchAhead fetch;
-    for (int64_t g = next.begin / kGroupSlots; g * kGroupSlots < next.end; ++g) {
-      fetch.add(next.key[g] + next_head * size);
-      fetch.add(next.value[g] + next_head * size);
+    for (int64_t g = next.rows.begin / kGroupSlots; g * kGroupSlots < next.rows.end; ++g) {
+      fetch.add(next.rows.key[g] + next.head * size);
+      fetch.add(next.rows.value[g] + next.head * size);
     }
     fetch.lines(size * sizeof(C) / 64);
     for (int64_t g = first; g < last; ++g) {

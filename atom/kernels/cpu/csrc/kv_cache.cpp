@@ -1,7 +1,7 @@
 // Writing keys and values into the paged cache.
 #include <algorithm>
 
-#include "common.h"
+#include "attention_pack.h"
 #include "tiled_cache.h"
 
 namespace atom {
@@ -48,20 +48,52 @@ void store_scaled(const T* from, f8* to, float* scale, int64_t dim) {
   }
 }
 
-}  // namespace
+#if defined(ATOM_AMX)
+// The keys and values of all slots of a group of a tiled bf16 cache, whose first token it is.
+void store_group(const StoreArgs& args, int64_t token) {
+  const int64_t dim = args.dim, block = args.slots[token] / args.block_size, offset = args.slots[token] % args.block_size;
+  for (int which = 0; which < 2; ++which)
+    for (int64_t h = 0; h < args.heads; ++h) {
+      char* to = (char*)((bf16*)args.cache[which].data + block * args.cache[which].block_stride +
+                         group_offset(offset, h, args.heads, dim));
+      const bf16* rows[kGroupSlots];
+      for (int64_t i = 0; i < kGroupSlots; ++i)
+        rows[i] = (const bf16*)args.source[which] + (token + i) * args.token_stride[which] +
+                  h * args.head_stride[which];
+      if (which == 0) pack_keys<2>(rows, dim, dim / 2, to);
+      else pack_values<2>(rows, kGroupSlots, dim, kGroupSlots * 32, to);
+    }
+}
 
-void store_kv(const StoreArgs& args, int threads) {
+// Whether `token` is the first of a whole group's, in order.
+bool fills_group(const StoreArgs& args, int64_t token, int64_t end) {
+  const int64_t slot = args.slots[token];
+  if (token + kGroupSlots > end || slot % kGroupSlots) return false;
+  for (int64_t i = 1; i < kGroupSlots; ++i)
+    if (args.slots[token + i] != slot + i) return false;
+  return true;
+}
+#endif
+
+void store_tokens(const StoreArgs& args, int64_t begin, int64_t end) {
   const int64_t dim = args.dim, heads = args.heads;
   bool tiled[2];
   for (int which = 0; which < 2; ++which)
     tiled[which] = is_tiled(args.type, args.cache[which], args.block_size, heads, dim);
-  const auto store = [&](auto tag, int64_t begin, int64_t end) {
+  static thread_local Scratch scratch;
+  f8* scaled = (f8*)scratch.get(dim);
+  by_type(args.type, [&](auto tag) {
     using T = decltype(tag);
-    static thread_local Scratch scratch;
-    f8* scaled = (f8*)scratch.get(dim);
     for (int64_t token = begin; token < end; ++token) {
       const int64_t slot = args.slots[token];
       if (slot < 0) continue;
+#if defined(ATOM_AMX)
+      if (tiled[0] && tiled[1] && !args.cache[0].scale && fills_group(args, token, end)) {
+        store_group(args, token);
+        token += kGroupSlots - 1;
+        continue;
+      }
+#endif
       const int64_t block = slot / args.block_size, offset = slot % args.block_size;
       for (int which = 0; which < 2; ++which) {
         const Cache& cache = args.cache[which];
@@ -86,12 +118,18 @@ void store_kv(const StoreArgs& args, int threads) {
         }
       }
     }
-  };
-  // A token's key in a tiled cache lies in many cache lines, which have to be read first.
-  const int64_t cost = heads * dim * (tiled[0] ? 8 : 1) / 2;
-  for_rows(args.tokens, cost, threads, [&](int64_t begin, int64_t end) {
-    by_type(args.type, [&](auto tag) { store(tag, begin, end); });
   });
+}
+
+}  // namespace
+
+void store_kv(const StoreArgs& args, int threads) {
+  // A token's key in a tiled cache lies in many cache lines, which have to be read first; those of many tokens are
+  // written whole.
+  const bool tiled = is_tiled(args.type, args.cache[0], args.block_size, args.heads, args.dim);
+  const bool few = args.tokens < 64 * threads;
+  const int64_t cost = args.heads * args.dim * (tiled && few ? 8 : 1) / 2;
+  for_rows(args.tokens, cost, threads, [&](int64_t begin, int64_t end) { store_tokens(args, begin, end); });
 }
 
 }  // namespace atom

@@ -27,8 +27,18 @@ void put_key(const T* from, T* group, int64_t slot, int64_t dim) {
 }
 template <class T>
 void put_value(const T* from, T* group, int64_t slot, int64_t dim) {
-  T* to = group + slot / 2 * 32 + slot % 2;
-  for (int64_t d = 0; d < dim; ++d) to[d / 16 * 256 + d % 16 * 2] = from[d];
+  T* to = group + slot / 2 * 32;
+#if defined(ATOM_AVX512)
+  if constexpr (sizeof(T) == 2) {  // a line at once, of which every second value is left as it is
+    const __mmask32 mine = 0x55555555u << slot % 2;
+    for (int64_t d = 0; d < dim; d += 16, to += 256) {
+      const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + d)));
+      _mm512_mask_storeu_epi16((void*)to, mine, _mm512_sllv_epi32(pairs, _mm512_set1_epi32(slot % 2 * 16)));
+    }
+    return;
+  }
+#endif
+  for (int64_t d = 0; d < dim; ++d) to[d / 16 * 256 + d % 16 * 2 + slot % 2] = from[d];
 }
 
 }  // namespace atom
