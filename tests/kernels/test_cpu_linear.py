@@ -75,6 +75,23 @@ def test_rows_have_the_same_bits_alone(dtype, k, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("n", "k"), [(1056, 64), (1056, 2306), (1072, 96)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_outputs_larger_than_the_caches_have_the_same_bits(n, k, threads):
+    x, w, _ = make(2037, 2 * n, k, torch.bfloat16)
+    plain, paired = prepare_linear_weight(w[:n].contiguous()), prepare_silu_linear_weight(w)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole, gated = linear(x, plain, None, n), linear_silu_and_mul(x, paired, n)
+        for rows in range(0, len(x), 300):
+            part = slice(rows, rows + 300)
+            assert torch.equal(linear(x[part], plain, None, n), whole[part])
+            assert torch.equal(linear_silu_and_mul(x[part], paired, n), gated[part])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_and_many_dimensional_input(dtype):
     x, w, b = make(6, 40, 34, dtype)

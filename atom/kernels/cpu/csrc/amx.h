@@ -87,11 +87,13 @@ struct Fetch {
 // in the L1 cache, as B is read past it.
 // A register is loaded again as soon as its products are given out: where another thread of the core takes its share,
 // loads and products add up unless they lie far apart.
-template <int R, int P>
-__attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch fetch) {
+// beside() does a little of something else, which the vector units have time for; it is called for every K tile but one.
+template <int R, int P, class Beside>
+__attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch fetch, Beside& beside) {
   const int64_t c_bytes = t.c_stride * 4, a_stride = t.a_stride;
   const char *a = t.a, *b = t.b, *ahead = t.prefetch, *a1 = a + second * a_stride, *b1 = b + t.panel_bytes;
   float *c = t.c, *c1 = c + 16 * t.c_stride;
+  Beside own = beside;  // where no store can change it
   const auto fetch_some = [&] {
     for (int i = 0; i < fetch.lines; ++i, ahead += 64)
       for (int j = 0; j < (R * P == 1 ? 1 : kStreams); ++j) __builtin_prefetch(ahead + j * fetch.stride, 0, 2);
@@ -118,6 +120,7 @@ __attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch
     if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
     _tile_stream_loadd(6, b, 64);
     fetch_some();
+    own();
     if constexpr (P == 2) _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(4, a, a_stride);
     if constexpr (R == 2 && P == 2) _tile_dpbf16ps(3, 5, 7);
@@ -129,11 +132,13 @@ __attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch
   if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
   if constexpr (P == 2) _tile_dpbf16ps(1, 4, 7);
   if constexpr (R == 2 && P == 2) _tile_dpbf16ps(3, 5, 7);
+  own.finish();  // before its place is taken
   _tile_stored(0, c, c_bytes);
   if constexpr (P == 2) _tile_stored(1, c + 16, c_bytes);
   if constexpr (R == 2) _tile_stored(2, c1, c_bytes);
   if constexpr (R == 2 && P == 2) _tile_stored(3, c1 + 16, c_bytes);
   TileRegisters::barrier();
+  beside = own;
 }
 
 // The registers of a thread that multiplies rows, and how these are cut into tiles: all have one height, and the last may

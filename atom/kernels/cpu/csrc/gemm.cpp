@@ -4,6 +4,7 @@
 
 #include "amx.h"
 #include "micro.h"
+#include "pending.h"
 
 namespace atom {
 namespace {
@@ -113,11 +114,17 @@ void linear_block(const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int
 #if defined(ATOM_AMX)
 constexpr int64_t kTilesGroup = 8;  // panels at most; kGroup where K takes several blocks, so that a stream fetches one
 
+struct NothingBeside {
+  ATOM_INLINE void operator()() {}
+  void finish() {}
+};
+
 // For one tile of rows, reading the weights is what takes the time: one sequential stream.
 void one_tile(Tile t, int64_t panels) {
   for (int64_t p = 0; p < panels; ++p, t.b += t.panel_bytes, t.c += kPanel) {
     t.prefetch = t.b + 4 * kAheadBytes;
-    tile_product<1, 1>(t, 0, {16, 0});
+    NothingBeside beside;
+    tile_product<1, 1>(t, 0, {16, 0}, beside);
   }
 }
 
@@ -129,10 +136,13 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
   const int64_t steps = ksteps(args.type, args.k), panel_bytes = steps * 64;
   const int64_t block_steps = std::min(steps, kBlockSteps);
   const int64_t most = std::min(block_steps == steps ? kTilesGroup : kGroup, p1 - p0);
-  constexpr int64_t kStride = 2 * kPanel, kResult = 32 * kStride;  // floats of two tiles of rows and two panels
-  const int64_t results = block_steps == steps ? 1 : kMaxBlockRows / 32 * kGroup / 2;
+  constexpr int64_t kResult = 32 * kResultStride;
+  const bool whole = block_steps == steps;  // all of K at once
+  const int64_t results = whole ? 1 : kMaxBlockRows / 32 * kGroup / 2;
   float* result = (float*)scratch.get(results * kResult * sizeof(float));
-  const bool plain = args.out_type == DType::f32 && !args.bias && !args.paired && results == 1;
+  const bool plain = args.out_type == DType::f32 && !args.bias && !args.paired && whole;
+  Pending::Halves halves;
+  Pending pending(args, halves);
   for (int64_t row = m0; row < m1; row += kMaxBlockRows) {
     tiles.take(std::min(kMaxBlockRows, m1 - row));
     const int64_t blocks = (tiles.count() + 1) / 2;
@@ -156,8 +166,8 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
             t.a_stride = a.stride;
             t.b = begin + (p - group) * panel_bytes + s * 64;
             t.panel_bytes = panel_bytes;
-            t.c = result + (results == 1 ? 0 : block * kGroup / 2 + (p - group) / 2) * kResult;
-            t.c_stride = kStride;
+            t.c = result + (whole ? 0 : block * kGroup / 2 + (p - group) / 2) * kResult;
+            t.c_stride = kResultStride;
             t.accumulate = s > 0;
             t.prefetch = next + (block * pairs + (p - group) / 2) * fetch.lines * t.steps * 4;
             const int64_t panels = std::min<int64_t>(2, end - p);
@@ -166,21 +176,33 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
               t.c = (float*)args.out + first * args.n + p * kPanel;
               t.c_stride = args.n;
             }
+            const auto product = [&](auto& beside) {
+              if (panels == 2) two ? tile_product<2, 2>(t, second, fetch, beside) : tile_product<1, 2>(t, 0, fetch, beside);
+              else two ? tile_product<2, 1>(t, second, {}, beside) : tile_product<1, 1>(t, 0, {}, beside);
+            };
             if (tiles.count() == 1) {
+              pending.finish();  // its place is taken
               one_tile(t, panels);
-            } else if (panels == 2) {
-              two ? tile_product<2, 2>(t, second, fetch) : tile_product<1, 2>(t, 0, fetch);
+            } else if (plain) {
+              NothingBeside beside;
+              product(beside);
             } else {
-              two ? tile_product<2, 1>(t, second, {}) : tile_product<1, 1>(t, 0, {});
+              product(pending);
             }
             if (!last || direct) continue;
-            epilogue(args, t.c, kStride, first, tiles.height(), p, panels);
-            if (two) epilogue(args, t.c + 16 * kStride, kStride, first + second, 16, p, panels);
+            if (tiles.count() > 1 && panels == 2 && pending.takes(p)) {
+              pending.begin(t.c, first, tiles.height(), two ? second : 0, p, end, t.steps);
+              continue;
+            }
+            epilogue(args, t.c, kResultStride, first, tiles.height(), p, panels);
+            if (two) epilogue(args, t.c + 16 * kResultStride, kResultStride, first + second, 16, p, panels);
           }
         }
       }
+      if (!whole) pending.finish();  // the next group takes its place
     }
   }
+  pending.end();
 }
 #endif
 

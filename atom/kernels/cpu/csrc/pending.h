@@ -1,0 +1,103 @@
+// Results of the tile registers on their way to the output.
+#pragma once
+#include "amx.h"
+#include "kernels.h"
+
+namespace atom {
+
+#if defined(ATOM_AMX)
+constexpr int64_t kResultStride = 2 * kPanel;  // floats: two panels, of up to two tiles of rows
+
+// The vector units round results, and multiply them by silu of their gates, while the tile registers compute the next
+// ones: done in turn it takes a tenth to a third of the time. An output that no cache holds is written past them, a
+// cache line at once, as to fetch its lines first takes longer than to write them.
+class Pending {
+ public:
+  struct Halves {
+    __m256i of[2 * kPanel];
+  };
+  Pending(const LinearArgs& args, Halves& halves)
+      : halves_(halves.of), n_(args.n), columns_(args.paired ? kPanel : 2 * kPanel), paired_(args.paired),
+        takes_any_(args.out_type == DType::bf16 && !args.bias), base_((bf16*)args.out),
+        streams_(args.m * args.n * 2 > kStreamBytes && args.n % 32 == 0 && (uintptr_t)args.out % 64 == 0) {}
+
+  // Whether `begin` is for the two panels: if nothing is added, and nothing cut off.
+  bool takes(int64_t panel) const { return takes_any_ && column_of(panel) + columns_ <= n_; }
+
+  // Two panels of up to two tiles of rows, the second of which begins `second` rows after the first (0: there is none).
+  // last: the panel at which these rows end; ksteps: how long the next product takes.
+  void begin(const float* tile, int64_t row, int64_t height, int64_t second, int64_t panel, int64_t last,
+             int64_t ksteps) {
+    const int64_t column = column_of(panel);
+    tile_ = tile;
+    out_ = base_ + row * n_ + column;
+    next_ = second ? out_ + second * n_ : nullptr;
+    left_ = height;
+    each_ = (height * (second ? 2 : 1) * kStepsOfTile + ksteps - 1) / ksteps;
+    staged_ = 0;
+    if (!streams_) return;
+    if (!paired_) way_ = column % 32 ? kStore : kStream;
+    else if (column % 32) way_ = way_ == kStage ? kStreamStaged : kStore;
+    else way_ = panel + 4 <= last ? kStage : kStore;
+    streamed_ |= way_ != kStore;
+  }
+  // Some rows, so that all are done when the next product is.
+  ATOM_INLINE void operator()() {
+    for (int64_t i = 0; i < each_ && left_; ++i) row();
+  }
+  void finish() {
+    while (left_) row();
+  }
+  // Makes all that was written visible to other threads.
+  void end() {
+    finish();
+    if (streamed_) _mm_sfence();
+  }
+
+ private:
+  static constexpr int64_t kStreamBytes = 4 << 20;
+  // The two panels of a pair are half a cache line of output: it waits for the next two.
+  enum Way { kStore, kStream, kStage, kStreamStaged };
+
+  int64_t column_of(int64_t panel) const { return panel / (paired_ ? 2 : 1) * kPanel; }
+
+  ATOM_INLINE static __m256i rounded16(F16x v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v.r[0]); }
+  ATOM_INLINE static void stream(bf16* out, __m256i low, __m256i high) {
+    _mm512_stream_si512((__m512i*)out, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
+  ATOM_INLINE void row() {
+    const F16x first = load16(tile_), second = load16(tile_ + kPanel);
+    if (paired_) {
+      const __m256i v = rounded16(silu(first) * second);
+      if (way_ == kStore) _mm256_storeu_si256((__m256i*)out_, v);
+      else if (way_ == kStage) _mm256_store_si256(halves_ + staged_++, v);
+      else stream(out_ - kPanel, _mm256_load_si256(halves_ + staged_++), v);
+    } else if (way_ == kStream) {
+      stream(out_, rounded16(first), rounded16(second));
+    } else {
+      store16(out_, first);
+      store16(out_ + kPanel, second);
+    }
+    tile_ += kResultStride;
+    out_ += n_;
+    if (--left_ == 0 && next_) {
+      left_ = kPanel;
+      out_ = next_;
+      next_ = nullptr;
+    }
+  }
+
+  __m256i* halves_;
+  int64_t n_, columns_;
+  bool paired_, takes_any_;
+  bf16* base_;
+  bool streams_;
+  const float* tile_;
+  bf16 *out_, *next_;
+  int64_t left_ = 0, each_, staged_;
+  Way way_ = kStore;
+  bool streamed_ = false;
+};
+#endif
+
+}  // namespace atom
