@@ -193,8 +193,23 @@ template <>
 ATOM_INLINE F16x rounded<float>(F16x v) {
   return v;
 }
+#if defined(ATOM_BF16_DOT)
+template <>
+ATOM_INLINE F16x rounded<bf16>(F16x v) {
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)v.r[0]);
+  return {(RegF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)};
+}
+#endif
 
 ATOM_INLINE float lane_sum(F16x v) {  // always in this order
+#if defined(ATOM_AVX512)
+  const __m512 x = (__m512)v.r[0];
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), high);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#endif
   float f[16];
   memcpy(f, &v, 64);
   for (int s = 8; s; s /= 2)
