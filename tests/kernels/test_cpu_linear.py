@@ -84,9 +84,11 @@ def test_outputs_larger_than_the_caches_have_the_same_bits(n, k, threads):
     torch.set_num_threads(threads)
     try:
         whole, gated = linear(x, plain, None, n), linear_silu_and_mul(x, paired, n)
+        logits = linear(x, plain, None, n, True)
         for rows in range(0, len(x), 300):
             part = slice(rows, rows + 300)
             assert torch.equal(linear(x[part], plain, None, n), whole[part])
+            assert torch.equal(linear(x[part], plain, None, n, True), logits[part])
             assert torch.equal(linear_silu_and_mul(x[part], paired, n), gated[part])
     finally:
         torch.set_num_threads(before)

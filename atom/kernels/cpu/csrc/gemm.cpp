@@ -140,9 +140,10 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
   const bool whole = block_steps == steps;  // all of K at once
   const int64_t results = whole ? 1 : kMaxBlockRows / 32 * kGroup / 2;
   float* result = (float*)scratch.get(results * kResult * sizeof(float));
-  const bool plain = args.out_type == DType::f32 && !args.bias && !args.paired && whole;
   Pending::Halves halves;
   Pending pending(args, halves);
+  const bool plain =
+      args.out_type == DType::f32 && !args.bias && !args.paired && whole && !pending.streams_floats();
   for (int64_t row = m0; row < m1; row += kMaxBlockRows) {
     tiles.take(std::min(kMaxBlockRows, m1 - row));
     const int64_t blocks = (tiles.count() + 1) / 2;

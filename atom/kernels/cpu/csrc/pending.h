@@ -18,9 +18,13 @@ class Pending {
   };
   Pending(const LinearArgs& args, Halves& halves)
       : halves_(halves.of), n_(args.n), columns_(args.paired ? kPanel : 2 * kPanel), paired_(args.paired),
-        takes_any_(args.out_type == DType::bf16 && !args.bias), base_((bf16*)args.out),
-        streams_(args.m * args.n * 2 > kStreamBytes && args.n % 32 == 0 && (uintptr_t)args.out % 64 == 0) {}
+        floats_(args.out_type == DType::f32 && !args.paired), base_((bf16*)args.out),
+        streams_(args.m * args.n * element_size(args.out_type) > kStreamBytes && args.n % 32 == 0 &&
+                 (uintptr_t)args.out % 64 == 0),
+        takes_any_(!args.bias && (args.out_type == DType::bf16 || (floats_ && streams_))) {}
 
+  // Whether all results are for `begin`, but for those that stick out.
+  bool streams_floats() const { return floats_ && takes_any_; }
   // Whether `begin` is for the two panels: if nothing is added, and nothing cut off.
   bool takes(int64_t panel) const { return takes_any_ && column_of(panel) + columns_ <= n_; }
 
@@ -36,7 +40,8 @@ class Pending {
     each_ = (height * (second ? 2 : 1) * kStepsOfTile + ksteps - 1) / ksteps;
     staged_ = 0;
     if (!streams_) return;
-    if (!paired_) way_ = column % 32 ? kStore : kStream;
+    if (floats_) way_ = kStreamFloats;
+    else if (!paired_) way_ = column % 32 ? kStore : kStream;
     else if (column % 32) way_ = way_ == kStage ? kStreamStaged : kStore;
     else way_ = panel + 4 <= last ? kStage : kStore;
     streamed_ |= way_ != kStore;
@@ -57,7 +62,7 @@ class Pending {
  private:
   static constexpr int64_t kStreamBytes = 4 << 20;
   // The two panels of a pair are half a cache line of output: it waits for the next two.
-  enum Way { kStore, kStream, kStage, kStreamStaged };
+  enum Way { kStore, kStream, kStreamFloats, kStage, kStreamStaged };
 
   int64_t column_of(int64_t panel) const { return panel / (paired_ ? 2 : 1) * kPanel; }
 
@@ -72,6 +77,10 @@ class Pending {
       if (way_ == kStore) _mm256_storeu_si256((__m256i*)out_, v);
       else if (way_ == kStage) _mm256_store_si256(halves_ + staged_++, v);
       else stream(out_ - kPanel, _mm256_load_si256(halves_ + staged_++), v);
+    } else if (way_ == kStreamFloats) {
+      float* out = (float*)base_ + (out_ - base_);
+      _mm512_stream_ps(out, (__m512)first.r[0]);
+      _mm512_stream_ps(out + kPanel, (__m512)second.r[0]);
     } else if (way_ == kStream) {
       stream(out_, rounded16(first), rounded16(second));
     } else {
@@ -89,9 +98,9 @@ class Pending {
 
   __m256i* halves_;
   int64_t n_, columns_;
-  bool paired_, takes_any_;
-  bf16* base_;
-  bool streams_;
+  bool paired_, floats_;
+  bf16* base_;  // or floats
+  bool streams_, takes_any_;
   const float* tile_;
   bf16 *out_, *next_;
   int64_t left_ = 0, each_, staged_;
