@@ -40,7 +40,7 @@ ATOM_INLINE void each_result(int64_t first, int64_t last, F&& f) {
   if (first <= 3 && last > 3) f(Result<3>{}, 3);
 }
 
-// What to fetch meanwhile: the next tile's groups, all of them line by line in turn. Memory answers eight streams into
+// What to fetch meanwhile: the groups read next, all of them line by line in turn. Memory answers eight streams into
 // the L1 cache a fifth faster than one after another into the L2 cache.
 class FetchAhead {
  public:
