@@ -125,30 +125,27 @@ def test_padding_requests_give_zeros():
     assert torch.equal(out[1:], torch.zeros_like(out[1:]))
 
 
+@pytest.mark.usefixtures("threads_restored")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_same_bits_alone_batched_and_chunked(dtype, window, threads):
     contexts = [700, 130, 64, 300]
     batch = Batch(contexts, contexts, 9, 3, 64, 16, dtype)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        whole = batch.attend(paged_attention, window=window)
-        start = 0
-        for r, context in enumerate(contexts):
-            rows = whole[start : start + context]
-            for size in (1, 37, context):
-                for end in range(1, context + 1, 61) if size == 1 else range(size, context + 1, size):
-                    one = batch.attend(paged_attention, [(start + end - size, start + end)], [end], [r], window)
-                    assert torch.equal(one, rows[end - size : end]), (r, size, end)
-            start += context
-        # All requests' decodes of one step.
-        ends = [start + c for start, c in zip((0, 700, 830, 894), contexts, strict=True)]
-        batched = batch.attend(paged_attention, [(e - 1, e) for e in ends], contexts, range(4), window)
-        assert torch.equal(batched, whole[[e - 1 for e in ends]])
-    finally:
-        torch.set_num_threads(before)
+    whole = batch.attend(paged_attention, window=window)
+    start = 0
+    for r, context in enumerate(contexts):
+        rows = whole[start : start + context]
+        for size in (1, 37, context):
+            for end in range(1, context + 1, 61) if size == 1 else range(size, context + 1, size):
+                one = batch.attend(paged_attention, [(start + end - size, start + end)], [end], [r], window)
+                assert torch.equal(one, rows[end - size : end]), (r, size, end)
+        start += context
+    # All requests' decodes of one step.
+    ends = [start + c for start, c in zip((0, 700, 830, 894), contexts, strict=True)]
+    batched = batch.attend(paged_attention, [(e - 1, e) for e in ends], contexts, range(4), window)
+    assert torch.equal(batched, whole[[e - 1 for e in ends]])
 
 
 def test_large_scores_and_equal_keys():

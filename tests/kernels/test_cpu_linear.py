@@ -57,41 +57,35 @@ def test_linear_silu_and_mul(m, n, k, dtype):
     assert_near(got, reference.linear_silu_and_mul(x.double(), w.double(), n), dtype)
 
 
+@pytest.mark.usefixtures("threads_restored")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [576, 2306])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_rows_have_the_same_bits_alone(dtype, k, threads):
     x, w, b = make(260, 176, k, dtype)
     prepared, paired = prepare_linear_weight(w), prepare_silu_linear_weight(w)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        whole, gated = linear(x, prepared, b, 176, True), linear_silu_and_mul(x, paired, 88)
-        for size in (1, 2, 6, 7, 20, 64, 200):
-            part = slice(260 - size - 1, 259)
-            assert torch.equal(linear(x[part], prepared, b, 176, True), whole[part])
-            assert torch.equal(linear_silu_and_mul(x[part], paired, 88), gated[part])
-    finally:
-        torch.set_num_threads(before)
+    whole, gated = linear(x, prepared, b, 176, True), linear_silu_and_mul(x, paired, 88)
+    for size in (1, 2, 6, 7, 20, 64, 200):
+        part = slice(260 - size - 1, 259)
+        assert torch.equal(linear(x[part], prepared, b, 176, True), whole[part])
+        assert torch.equal(linear_silu_and_mul(x[part], paired, 88), gated[part])
 
 
+@pytest.mark.usefixtures("threads_restored")
 @pytest.mark.parametrize(("n", "k"), [(1056, 64), (1056, 2306), (1072, 96)])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_outputs_larger_than_the_caches_have_the_same_bits(n, k, threads):
     x, w, _ = make(2037, 2 * n, k, torch.bfloat16)
     plain, paired = prepare_linear_weight(w[:n].contiguous()), prepare_silu_linear_weight(w)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        whole, gated = linear(x, plain, None, n), linear_silu_and_mul(x, paired, n)
-        logits = linear(x, plain, None, n, True)
-        for rows in range(0, len(x), 300):
-            part = slice(rows, rows + 300)
-            assert torch.equal(linear(x[part], plain, None, n), whole[part])
-            assert torch.equal(linear(x[part], plain, None, n, True), logits[part])
-            assert torch.equal(linear_silu_and_mul(x[part], paired, n), gated[part])
-    finally:
-        torch.set_num_threads(before)
+    whole, gated = linear(x, plain, None, n), linear_silu_and_mul(x, paired, n)
+    logits = linear(x, plain, None, n, True)
+    for rows in range(0, len(x), 300):
+        part = slice(rows, rows + 300)
+        assert torch.equal(linear(x[part], plain, None, n), whole[part])
+        assert torch.equal(linear(x[part], plain, None, n, True), logits[part])
+        assert torch.equal(linear_silu_and_mul(x[part], paired, n), gated[part])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,12 +8,7 @@ import torch
 
 from atom.kernels.cpu.ops import fast
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads_restored")
 
 
 def compute(seed: int) -> torch.Tensor:

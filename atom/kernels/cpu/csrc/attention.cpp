@@ -490,12 +490,11 @@ class Attention {
     const int64_t size = kGroupSlots * args_.dim, bytes = size * 2;
     const int64_t first = now.begin / kGroupSlots, last = (now.end + kGroupSlots - 1) / kGroupSlots;
     const char *keys[kGroups], *values[kGroups];
-    FetchAhead fetch;
+    FetchAhead fetch(size * sizeof(C));
     for (int64_t g = next.rows.begin / kGroupSlots; g * kGroupSlots < next.rows.end; ++g) {
       fetch.add(next.rows.key[g] + next.head * size);
       fetch.add(next.rows.value[g] + next.head * size);
     }
-    fetch.lines(size * sizeof(C) / 64);
     for (int64_t g = first; g < last; ++g) {
       keys[g] = (const char*)(now.key[g] + head * size);
       values[g] = (const char*)(now.value[g] + head * size);

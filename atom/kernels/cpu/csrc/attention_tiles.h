@@ -44,9 +44,8 @@ ATOM_INLINE void each_result(int64_t first, int64_t last, F&& f) {
 // the L1 cache a fifth faster than one after another into the L2 cache.
 class FetchAhead {
  public:
-  // A group's keys or values, whose lines count as many as those of all others.
-  ATOM_INLINE void add(const void* group) { streams_[count_++] = (const char*)group; }
-  ATOM_INLINE void lines(int64_t count) { end_ = count * 64; }
+  ATOM_INLINE explicit FetchAhead(int64_t group_bytes) : end_(group_bytes) {}
+  ATOM_INLINE void add(const void* group) { streams_[count_++] = (const char*)group; }  // its keys or values
   ATOM_INLINE void some(int lines) {
     for (; lines > 0 && at_ < end_; --lines, at_ += 64)
       for (int i = 0; i < count_; ++i) __builtin_prefetch(streams_[i] + at_, 0, 3);
@@ -55,7 +54,7 @@ class FetchAhead {
  private:
   const char* streams_[8];
   int count_ = 0;
-  int64_t at_ = 0, end_ = 0;
+  int64_t at_ = 0, end_;
 };
 
 // Scores of a tile of rows, `stride` floats apart, with groups first..last-1; queries are dim bf16 each, contiguous.

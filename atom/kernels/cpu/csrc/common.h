@@ -112,10 +112,16 @@ ATOM_INLINE F16x load16(const float* p) {
 }
 ATOM_INLINE void store16(float* p, F16x v) { memcpy(p, &v, 64); }
 
+#if defined(ATOM_AVX512)
+ATOM_INLINE F16x from_bf16(__m256i bits) { return {(RegF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)}; }
+#endif
+#if defined(ATOM_BF16_DOT)
+ATOM_INLINE __m256i to_bf16(F16x v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v.r[0]); }
+#endif
 ATOM_INLINE F16x load16(const bf16* p) {
   F16x o;
 #if defined(ATOM_AVX512)
-  o.r[0] = (RegF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+  o = from_bf16(_mm256_loadu_si256((const __m256i*)p));
 #else
   uint32_t u[16];
   for (int i = 0; i < 16; ++i) u[i] = uint32_t(p[i].bits) << 16;
@@ -125,8 +131,7 @@ ATOM_INLINE F16x load16(const bf16* p) {
 }
 ATOM_INLINE void store16(bf16* p, F16x v) {
 #if defined(ATOM_BF16_DOT)
-  __m256bh h = _mm512_cvtneps_pbh((__m512)v.r[0]);
-  memcpy(p, &h, 32);
+  _mm256_storeu_si256((__m256i*)p, to_bf16(v));
 #else
   float f[16];
   memcpy(f, &v, 64);
@@ -196,8 +201,7 @@ ATOM_INLINE F16x rounded<float>(F16x v) {
 #if defined(ATOM_BF16_DOT)
 template <>
 ATOM_INLINE F16x rounded<bf16>(F16x v) {
-  const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)v.r[0]);
-  return {(RegF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)};
+  return from_bf16(to_bf16(v));
 }
 #endif
 
@@ -209,12 +213,13 @@ ATOM_INLINE float lane_sum(F16x v) {  // always in this order
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#endif
+#else
   float f[16];
   memcpy(f, &v, 64);
   for (int s = 8; s; s /= 2)
     for (int i = 0; i < s; ++i) f[i] += f[i + s];
   return f[0];
+#endif
 }
 ATOM_INLINE float lane_max(F16x v) {
 #if defined(ATOM_AVX512)

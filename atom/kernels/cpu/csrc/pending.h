@@ -66,23 +66,22 @@ class Pending {
 
   int64_t column_of(int64_t panel) const { return panel / (paired_ ? 2 : 1) * kPanel; }
 
-  ATOM_INLINE static __m256i rounded16(F16x v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v.r[0]); }
   ATOM_INLINE static void stream(bf16* out, __m256i low, __m256i high) {
     _mm512_stream_si512((__m512i*)out, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
   }
   ATOM_INLINE void row() {
     const F16x first = load16(tile_), second = load16(tile_ + kPanel);
     if (paired_) {
-      const __m256i v = rounded16(silu(first) * second);
-      if (way_ == kStore) _mm256_storeu_si256((__m256i*)out_, v);
-      else if (way_ == kStage) _mm256_store_si256(halves_ + staged_++, v);
-      else stream(out_ - kPanel, _mm256_load_si256(halves_ + staged_++), v);
+      const F16x v = silu(first) * second;
+      if (way_ == kStore) store16(out_, v);
+      else if (way_ == kStage) _mm256_store_si256(halves_ + staged_++, to_bf16(v));
+      else stream(out_ - kPanel, _mm256_load_si256(halves_ + staged_++), to_bf16(v));
     } else if (way_ == kStreamFloats) {
       float* out = (float*)base_ + (out_ - base_);
       _mm512_stream_ps(out, (__m512)first.r[0]);
       _mm512_stream_ps(out + kPanel, (__m512)second.r[0]);
     } else if (way_ == kStream) {
-      stream(out_, rounded16(first), rounded16(second));
+      stream(out_, to_bf16(first), to_bf16(second));
     } else {
       store16(out_, first);
       store16(out_ + kPanel, second);
