@@ -75,8 +75,8 @@ class RowRegisters {
 };
 
 // What every K tile of a product fetches: the next lines of each of kStreams streams, which begin `stride` bytes apart.
-// The hardware runs ahead of a stream: memory answers four faster than one.
-constexpr int kStreams = 4;
+// The hardware runs ahead of a stream: memory answers eight faster than one.
+constexpr int kStreams = 8;
 struct Fetch {
   int lines = 0;  // of each stream
   int64_t stride = 0;
@@ -86,17 +86,18 @@ struct Fetch {
 // after the first. t.prefetch is where the first stream begins; one tile of rows and one panel have only that. A stays
 // in the L1 cache, as B is read past it.
 // A register is loaded again as soon as its products are given out: where another thread of the core takes its share,
-// loads and products add up unless they lie far apart.
+// loads and products add up unless they lie far apart, and what stands between them must be short.
 // beside() does a little of something else, which the vector units have time for; it is called for every K tile but one.
 template <int R, int P, class Beside>
-__attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch fetch, Beside& beside) {
+__attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch fetched, Beside& beside) {
   const int64_t c_bytes = t.c_stride * 4, a_stride = t.a_stride;
   const char *a = t.a, *b = t.b, *ahead = t.prefetch, *a1 = a + second * a_stride, *b1 = b + t.panel_bytes;
   float *c = t.c, *c1 = c + 16 * t.c_stride;
   Beside own = beside;  // where no store can change it
-  const auto fetch_some = [&] {
-    for (int i = 0; i < fetch.lines; ++i, ahead += 64)
-      for (int j = 0; j < (R * P == 1 ? 1 : kStreams); ++j) __builtin_prefetch(ahead + j * fetch.stride, 0, 2);
+  constexpr int kHalf = R * P == 1 ? 1 : kStreams / 2;
+  const auto fetch = [&](int first) {
+    for (int i = 0; i < fetched.lines; ++i)
+      for (int j = first; j < first + kHalf; ++j) __builtin_prefetch(ahead + i * 64 + j * fetched.stride, 0, 2);
   };
   TileRegisters::barrier();
   if (t.accumulate) {
@@ -119,15 +120,18 @@ __attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
     _tile_stream_loadd(6, b, 64);
-    fetch_some();
-    own();
+    fetch(0);
     if constexpr (P == 2) _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(4, a, a_stride);
+    own();
     if constexpr (R == 2 && P == 2) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (R * P > 1) fetch(kHalf);
     if constexpr (R == 2) _tile_loadd(5, a1, a_stride);
     if constexpr (P == 2) _tile_stream_loadd(7, b1, 64);
+    ahead += fetched.lines * 64;
   }
-  fetch_some();
+  fetch(0);
+  if constexpr (R * P > 1) fetch(kHalf);
   _tile_dpbf16ps(0, 4, 6);
   if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
   if constexpr (P == 2) _tile_dpbf16ps(1, 4, 7);
