@@ -31,6 +31,7 @@ OPS: dict[str, str] = {
     "paged_attention": "attention",
     "prepare_linear_weight": "linear",
     "linear": "linear",
+    "linear_argmax": "linear",
     "prepare_silu_linear_weight": "linear",
     "linear_silu_and_mul": "linear",
     "prepare_quant_weight": "quant_linear",

@@ -46,6 +46,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         super().__init__(vocab_size, hidden_size, context=context)
         self._prepare = get_op("prepare_linear_weight")
         self._linear = get_op("linear")
+        self._linear_argmax, self._greedy = get_op("linear_argmax"), get_op("greedy")
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         self.weight = embedding.weight
@@ -61,3 +62,9 @@ class ParallelLMHead(VocabParallelEmbedding):
         if self.tp.size > 1:
             logits = all_gather_last(logits, self.tp)
         return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
+
+    def likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, hidden_size] -> int64 [R]: what `greedy` chooses from the logits."""
+        if self.tp.size > 1:
+            return self._greedy(self(hidden))
+        return self._linear_argmax(hidden, self.weight, self.vocab_size)

@@ -39,6 +39,12 @@ class SamplingMetadata:
     num_logprobs: int = -1  # the most any row asks for; -1 = none asks, 0 = chosen token only
     logprob_rows: torch.Tensor | None = None  # int64 [L], those that ask; None = all rows
 
+    @property
+    def only_likeliest(self) -> bool:
+        """Whether no row asks for more than the likeliest token of its raw logits."""
+        changed = not (self.penalty_rows is self.bias_rows is self.mask_rows is None)
+        return self.all_greedy and not changed and self.num_logprobs < 0
+
 
 @dataclass(slots=True, kw_only=True)
 class SamplerOutput:

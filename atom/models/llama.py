@@ -181,6 +181,10 @@ class LlamaForCausalLM(Layer):
         """[R, hidden_size] -> float32 [R, vocab_size]"""
         return self.lm_head(hidden)
 
+    def likeliest_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, hidden_size] -> int64 [R], without logits where these would cost more than finding them"""
+        return self.lm_head.likeliest(hidden)
+
 
 class MistralDecoderLayer(LlamaDecoderLayer):
     """Every layer may have a sliding window (Mistral 7B, https://arxiv.org/abs/2310.06825)."""

@@ -5,6 +5,7 @@ import torch
 
 from atom.kernels import cpu
 from atom.kernels.torch import linear as reference
+from atom.kernels.torch.sampling import greedy
 
 reason = cpu.unavailable_reason()
 if reason:
@@ -12,6 +13,7 @@ if reason:
 
 from atom.kernels.cpu.linear import (  # noqa: E402
     linear,
+    linear_argmax,
     linear_silu_and_mul,
     prepare_linear_weight,
     prepare_silu_linear_weight,
@@ -88,6 +90,37 @@ def test_outputs_larger_than_the_caches_have_the_same_bits(n, k, threads):
         assert torch.equal(linear_silu_and_mul(x[part], paired, n), gated[part])
 
 
+@pytest.mark.usefixtures("threads_restored")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(1, 5), (17, 33), (999, 64), (3000, 2306)])
+@pytest.mark.parametrize("m", [1, 5, 17, 64, 700])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_argmax_is_the_first_of_the_largest_results(m, n, k, dtype, threads):
+    x, w, _ = make(m, n, k, dtype)
+    w[n // 2 : n // 2 + n // 3] = w[: n // 3]  # each of these twice
+    w[n // 3 : n // 2] /= 4
+    w[n // 2 + n // 3 :] /= 4
+    torch.set_num_threads(threads)
+
+    def check(x, w):
+        prepared = prepare_linear_weight(w)
+        results = linear(x, prepared, None, n, True)
+        chosen = linear_argmax(x, prepared, n)
+        assert torch.equal(chosen, greedy(results))
+        return chosen
+
+    chosen = check(x, w)
+    assert (chosen < n // 2).float().mean() > 0.9 or n < 20
+    if dtype == torch.float16:
+        return  # no infinity times zero below
+    check(torch.zeros_like(x), w)  # all equal
+    check(-x.abs() - 1, torch.full_like(w, torch.finfo(dtype).max))  # nothing but -inf
+    x[m // 2] = float("nan")
+    check(x, w)
+    w[n - 1] = w[n // 2] = float("nan")
+    assert (check(x.nan_to_num(), w) == n // 2).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_and_many_dimensional_input(dtype):
     x, w, b = make(6, 40, 34, dtype)
@@ -117,13 +150,14 @@ def test_other_dtypes_use_the_reference():
     assert torch.equal(linear(x, prepare_linear_weight(w), b, 8), reference.linear(x, w, b, 8))
     gated = linear_silu_and_mul(x, prepare_silu_linear_weight(w), 4)
     assert torch.equal(gated, reference.linear_silu_and_mul(x, w, 4))
+    assert torch.equal(linear_argmax(x, prepare_linear_weight(w), 8), reference.linear_argmax(x, w, 8))
 
 
 def test_wrong_shapes_are_errors():
     x, w, b = make(3, 8, 10, torch.float32)
     prepared = prepare_linear_weight(w)
     for bad in (lambda: linear(x[:, :9], prepared, b, 8), lambda: linear(x, prepared, b, 17),
-                lambda: linear(x.bfloat16(), prepared, None, 8)):  # fmt: skip
+                lambda: linear(x.bfloat16(), prepared, None, 8), lambda: linear_argmax(x, prepared, 17)):  # fmt: skip
         with pytest.raises(RuntimeError, match="don't fit a weight packed as"):
             bad()
 

@@ -11,6 +11,7 @@ from atom.kernels.cpu.ops import fast, ops
 from atom.kernels.torch import linear as reference
 
 _pack_weight, _linear, _linear_silu_and_mul = fast.pack_weight, fast.linear, fast.linear_silu_and_mul
+_linear_argmax = fast.linear_argmax
 _op_linear, _op_linear_silu_and_mul = ops.linear.default, ops.linear_silu_and_mul.default
 
 
@@ -31,6 +32,12 @@ def linear(
         assert prepared.dim() == 2, f"no kernel for x of {x.dtype} with a packed weight and bias {bias}"
         return reference.linear(x, prepared, bias, out_features, out_float32)
     return out
+
+
+def linear_argmax(x: torch.Tensor, prepared: torch.Tensor, out_features: int) -> torch.Tensor:
+    """As the reference, of float32 results that are not rounded and not kept."""
+    out = _linear_argmax(x, prepared, out_features)
+    return reference.linear_argmax(x, prepared, out_features) if out is NotImplemented else out
 
 
 def prepare_silu_linear_weight(weight: torch.Tensor) -> torch.Tensor:

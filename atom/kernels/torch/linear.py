@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from atom.kernels.torch.activation import silu_and_mul
+from atom.kernels.torch.sampling import greedy
 
 
 def prepare_linear_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -17,6 +18,11 @@ def linear(
     """[..., K] -> [..., out_features], accumulated in float32; x's dtype, or float32 (for logits)."""
     out = F.linear(x, prepared, bias)
     return out.float() if out_float32 else out
+
+
+def linear_argmax(x: torch.Tensor, prepared: torch.Tensor, out_features: int) -> torch.Tensor:
+    """[R, K] -> int64 [R]: the first of the largest of each row's float32 outputs (or the first NaN)."""
+    return greedy(linear(x, prepared, None, out_features, out_float32=True))
 
 
 def prepare_silu_linear_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """SamplingState: what it builds, when it reuses it, and how rows come and go."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,6 +124,17 @@ def test_logit_bias(state):
     assert metadata.bias_values.tolist() == [1.0, -3.0, 2.5]
     assert state.build([0]).bias_rows is None
     assert state.build([1]).all_greedy
+    assert [state.build([row]).only_likeliest for row in range(3)] == [True, False, False]
+
+
+def test_logits_are_needed_for_more_than_the_likeliest_token(state):
+    add(state, 0, temperature=0)
+    add(state, 1, temperature=0, logprobs=0)
+    add(state, 2, temperature=0, frequency_penalty=0.5)
+    assert [state.build([row]).only_likeliest for row in range(3)] == [True, False, False]
+    assert not state.build([0, 1]).only_likeliest
+    masked = replace(state.build([0]), mask_rows=torch.tensor([0]), token_masks=torch.ones(1, VOCAB // 8 + 1).byte())
+    assert not masked.only_likeliest
 
 
 def test_min_tokens_suppresses_stops_until_reached(state):

@@ -90,11 +90,11 @@ bool pack_weight(const Tensor& weight, bool paired, Tensor& packed) {
   return true;
 }
 
-bool linear(const Tensor& x_in, const Tensor& packed, const Tensor* bias, int64_t n, bool out_float32, bool paired,
-            Tensor& out) {
-  atom::LinearArgs args;
+// All but the output; x is x_in, in rows.
+bool linear_args(const Tensor& x_in, const Tensor& packed, const Tensor* bias, int64_t n, bool paired, Tensor& x,
+                 atom::LinearArgs& args) {
   if (packed.dim() != 4 || x_in.dim() < 1 || !dtype_of(x_in, args.type)) return false;
-  const Tensor x = with_rows(x_in, args.m, args.ldx);
+  x = with_rows(x_in, args.m, args.ldx);
   args.k = x.size(-1);
   TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.size(1) == atom::ksteps(args.type, args.k) &&
                   packed.size(0) == atom::num_panels(paired ? 2 * n : n, paired),
@@ -106,14 +106,33 @@ bool linear(const Tensor& x_in, const Tensor& packed, const Tensor* bias, int64_
       return false;
     args.bias = bias->const_data_ptr();
   }
-  args.out_type = out_float32 ? DType::f32 : args.type;
   args.n = n;
   args.x = x.const_data_ptr();
   args.packed = packed.const_data_ptr();
   args.paired = paired;
+  return true;
+}
+
+bool linear(const Tensor& x_in, const Tensor& packed, const Tensor* bias, int64_t n, bool out_float32, bool paired,
+            Tensor& out) {
+  atom::LinearArgs args;
+  Tensor x;
+  if (!linear_args(x_in, packed, bias, n, paired, x, args)) return false;
+  args.out_type = out_float32 ? DType::f32 : args.type;
   out = output_like(x, n, out_float32 ? at::kFloat : x.scalar_type());
   args.out = out.data_ptr();
   perform(args);
+  return true;
+}
+
+// Not part of a recorded step, whose results are float.
+bool linear_argmax(const Tensor& x_in, const Tensor& packed, int64_t n, Tensor& out) {
+  atom::LinearArgs args;
+  Tensor x;
+  if (n < 1 || x_in.dim() != 2 || !linear_args(x_in, packed, nullptr, n, false, x, args)) return false;
+  args.out_type = DType::f32;
+  out = empty({args.m}, at::kLong);
+  atom::linear_argmax(args, out.data_ptr<int64_t>(), at::get_num_threads());
   return true;
 }
 
@@ -431,6 +450,12 @@ FUNCTION(py_linear) {
                ? wrap(std::move(out)) : unsupported();
   });
 }
+FUNCTION(py_linear_argmax) {
+  return call<3>(count, [&] {
+    Tensor out;
+    return linear_argmax(tensor(a[0]), tensor(a[1]), integer(a[2]), out) ? wrap(std::move(out)) : unsupported();
+  });
+}
 FUNCTION(py_linear_silu_and_mul) {
   return call<3>(count, [&] {
     Tensor out;
@@ -589,7 +614,8 @@ FUNCTION(py_bind_threads) {  // a tuple of CPUs, the i-th for thread i
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(atom::isa()); }
 
 #define METHOD(name) {#name, (PyCFunction)(void*)py_##name, METH_FASTCALL, nullptr}
-PyMethodDef methods[] = {METHOD(pack_weight), METHOD(linear), METHOD(linear_silu_and_mul), METHOD(embedding),
+PyMethodDef methods[] = {METHOD(pack_weight), METHOD(linear), METHOD(linear_argmax),
+                         METHOD(linear_silu_and_mul), METHOD(embedding),
                          METHOD(rms_norm), METHOD(add_rms_norm), METHOD(silu_and_mul), METHOD(rotary),
                          METHOD(store_kv), METHOD(paged_attention), METHOD(argmax), METHOD(sample), METHOD(make_arena),
                          METHOD(start_recording), METHOD(stop_recording), METHOD(new_empty), METHOD(borrow),

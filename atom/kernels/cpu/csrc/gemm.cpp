@@ -1,8 +1,10 @@
 // Dense layers over packed weights: out = x * weight^T with a fused epilogue.
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "amx.h"
+#include "largest.h"
 #include "micro.h"
 #include "pending.h"
 
@@ -65,12 +67,41 @@ void finish(const LinearArgs& args, const float* tile, int64_t stride, int64_t r
   else finish<Out, false>(args, tile, stride, row, rows, panel, panels);
 }
 
-void epilogue(const LinearArgs& args, const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t panel,
-              int64_t panels) {
-  if (args.out_type == DType::f32) finish<float>(args, tile, stride, row, rows, panel, panels);
+// Notes a tile's results instead.
+void note(RowLargest* largest, int64_t n, const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t panel,
+          int64_t panels) {
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t columns = std::min(kPanel, n - (panel + p) * kPanel);
+    for (int64_t i = 0; i < rows; ++i) {
+      F16x v = splat(-INFINITY);
+      memcpy((void*)&v, tile + i * stride + p * kPanel, columns * sizeof(float));
+      largest[row + i].see(v, int32_t(panel + p));
+    }
+  }
+}
+
+void epilogue(const LinearArgs& args, RowLargest* largest, const float* tile, int64_t stride, int64_t row, int64_t rows,
+              int64_t panel, int64_t panels) {
+  if (largest) note(largest, args.n, tile, stride, row, rows, panel, panels);
+  else if (args.out_type == DType::f32) finish<float>(args, tile, stride, row, rows, panel, panels);
   else if (args.out_type == DType::bf16) finish<bf16>(args, tile, stride, row, rows, panel, panels);
   else finish<f16>(args, tile, stride, row, rows, panel, panels);
 }
+
+// What a thread needs: Registers, and a list for what it notes.
+template <class Registers>
+class Noting : public Registers {
+ public:
+  RowLargest* list(const LinearArgs& args, int part) {
+    if (args.largest && (!list_ || part < part_)) list_ = args.largest->new_list();
+    part_ = part;
+    return list_;
+  }
+
+ private:
+  RowLargest* list_ = nullptr;
+  int part_ = 0;
+};
 
 struct Operand {
   const char* data;
@@ -79,7 +110,7 @@ struct Operand {
 
 // Rows [m0, m1) and panels [p0, p1) of the result.
 template <class Step>
-void linear_block(const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+void linear_block(const LinearArgs& args, RowLargest* largest, Operand a, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   static thread_local Scratch scratch;
   const int64_t steps = ksteps(args.type, args.k);
   const int64_t panel_bytes = steps * Step::bytes;
@@ -106,7 +137,7 @@ void linear_block(const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int
                                                    : packed + (p + kGroup) * panel_bytes;
         multiply_streaming<Step>(t, rows, panels, next);
       }
-      epilogue(args, tile, kGroup * kPanel, row, rows, p, panels);
+      epilogue(args, largest, tile, kGroup * kPanel, row, rows, p, panels);
     }
   }
 }
@@ -130,8 +161,8 @@ void one_tile(Tile t, int64_t panels) {
 
 // The same by tile registers: two tiles of rows stay in the L1 cache while they meet the panels of a group. Meanwhile
 // the next group is fetched, unless it begins at `limit`, where another thread's panels do.
-void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0, int64_t m1, int64_t p0, int64_t p1,
-                  int64_t limit) {
+void linear_tiles(RowTiles& tiles, const LinearArgs& args, RowLargest* largest, Operand a, int64_t m0, int64_t m1,
+                  int64_t p0, int64_t p1, int64_t limit) {
   static thread_local Scratch scratch;
   const int64_t steps = ksteps(args.type, args.k), panel_bytes = steps * 64;
   const int64_t block_steps = std::min(steps, kBlockSteps);
@@ -141,9 +172,9 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
   const int64_t results = whole ? 1 : kMaxBlockRows / 32 * kGroup / 2;
   float* result = (float*)scratch.get(results * kResult * sizeof(float));
   Pending::Halves halves;
-  Pending pending(args, halves);
+  Pending pending(args, largest, halves);
   const bool plain =
-      args.out_type == DType::f32 && !args.bias && !args.paired && whole && !pending.streams_floats();
+      args.out_type == DType::f32 && !args.bias && !args.paired && whole && !pending.takes_floats();
   for (int64_t row = m0; row < m1; row += kMaxBlockRows) {
     tiles.take(std::min(kMaxBlockRows, m1 - row));
     const int64_t blocks = (tiles.count() + 1) / 2;
@@ -195,8 +226,8 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, Operand a, int64_t m0
               pending.begin(t.c, first, tiles.height(), two ? second : 0, p, end, t.steps);
               continue;
             }
-            epilogue(args, t.c, kResultStride, first, tiles.height(), p, panels);
-            if (two) epilogue(args, t.c + 16 * kResultStride, kResultStride, first + second, 16, p, panels);
+            epilogue(args, largest, t.c, kResultStride, first, tiles.height(), p, panels);
+            if (two) epilogue(args, largest, t.c + 16 * kResultStride, kResultStride, first + second, 16, p, panels);
           }
         }
       }
@@ -289,33 +320,60 @@ void linear(const LinearArgs& args, int threads) {
     });
   const auto columns_of = [&](int part) { return share(columns, part / best_rows, threads / best_rows); };
 #if defined(ATOM_AMX)
+  using Tiles = Noting<RowTiles>;
   if (args.type == DType::bf16 && has_tiles()) {
     // Tiles would wait for the rows if every few columns read all of them: of many rows, each thread takes its own.
     if (args.m >= threads * kMaxBlockRows) {
       const int64_t most = (args.m + threads - 1) / threads;  // a thread's, cut into equal blocks of whole tiles
       const int64_t size = (most / ((most + kMaxBlockRows - 1) / kMaxBlockRows) + 31) / 32 * 32;
-      shares<RowTiles>(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
-                       [&](RowTiles& tiles, int, int64_t begin, int64_t end) {
-                         linear_tiles(tiles, args, a, begin * size, std::min(args.m, end * size), 0, columns * unit,
+      shares<Tiles>(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
+                       [&](Tiles& own, int part, int64_t begin, int64_t end) {
+                         linear_tiles(own, args, own.list(args, part), a, begin * size, std::min(args.m, end * size), 0, columns * unit,
                                       columns * unit);
                        });
       return;
     }
-    // Of few columns each thread takes few at a time, so that all end together.
-    const int64_t grain = columns * unit >= 64 * kTilesGroup * threads ? kTilesGroup : kGroup;
-    shares<RowTiles>(threads, grain / unit, columns_of, [&](RowTiles& tiles, int part, int64_t begin, int64_t end) {
+    // Of few columns each thread takes few at a time, so that all end together: fewest where rows are so long that they
+    // leave the L1 cache in any case.
+    constexpr int64_t kTilesRow = 768;  // two tiles of such rows fill it
+    const int64_t panels = columns * unit;
+    const int64_t grain = panels >= 64 * kTilesGroup * threads                ? kTilesGroup
+                          : panels < 16 * kGroup * threads && args.k > kTilesRow ? 2
+                                                                              : kGroup;
+    shares<Tiles>(threads, grain / unit, columns_of, [&](Tiles& own, int part, int64_t begin, int64_t end) {
       const Range m = share(args.m, part % best_rows, best_rows);
-      linear_tiles(tiles, args, a, m.begin, m.end, begin * unit, end * unit, columns_of(part).end * unit);
+      linear_tiles(own, args, own.list(args, part), a, m.begin, m.end, begin * unit, end * unit, columns_of(part).end * unit);
     });
     return;
   }
 #endif
-  shares(threads, kGroup / unit, columns_of, [&](Nothing&, int part, int64_t begin, int64_t end) {
+  using Plain = Noting<Nothing>;
+  shares<Plain>(threads, kGroup / unit, columns_of, [&](Plain& own, int part, int64_t begin, int64_t end) {
     const Range m = share(args.m, part % best_rows, best_rows);
-    if (args.type == DType::f32) linear_block<StepF32>(args, a, m.begin, m.end, begin * unit, end * unit);
-    else if (args.type == DType::bf16) linear_block<StepBF16>(args, a, m.begin, m.end, begin * unit, end * unit);
-    else linear_block<StepF16>(args, a, m.begin, m.end, begin * unit, end * unit);
+    RowLargest* const largest = own.list(args, part);
+    if (args.type == DType::f32) linear_block<StepF32>(args, largest, a, m.begin, m.end, begin * unit, end * unit);
+    else if (args.type == DType::bf16) linear_block<StepBF16>(args, largest, a, m.begin, m.end, begin * unit, end * unit);
+    else linear_block<StepF16>(args, largest, a, m.begin, m.end, begin * unit, end * unit);
   });
+}
+
+void linear_argmax(LinearArgs args, int64_t* out, int threads) {
+  Largest largest(args.m, std::min(threads, kMaxThreads));
+  args.largest = &largest;
+  linear(args, threads);
+  args.largest = nullptr;
+  std::vector<float> results;
+  for (int64_t row = 0; row < args.m; ++row) {
+    out[row] = largest.of(row);
+    if (out[row] >= 0) continue;
+    LinearArgs one = args;
+    results.resize(args.n);
+    one.m = 1;
+    one.x = (const char*)args.x + row * args.ldx * element_size(args.type);
+    one.out = results.data();
+    linear(one, threads);
+    argmax(results.data(), 1, args.n, args.n, out + row, threads);
+  }
 }
 
 const char* isa() {

@@ -22,6 +22,7 @@ inline int64_t num_panels(int64_t n, bool paired) {
   return paired ? 2 * ((n / 2 + kPanel - 1) / kPanel) : (n + kPanel - 1) / kPanel;
 }
 
+class Largest;
 struct LinearArgs {
   DType type;            // of x and the weight
   DType out_type;        // the same, or f32
@@ -33,8 +34,11 @@ struct LinearArgs {
   DType bias_type;
   void* out;             // [m, n], contiguous
   bool paired;           // out = silu(gate) * up
+  Largest* largest = nullptr;  // where results are noted instead, if given
 };
 void linear(const LinearArgs& args, int threads);
+// Of each row's results in f32 the first of the largest, or the first NaN; args.out is not used.
+void linear_argmax(LinearArgs args, int64_t* out, int threads);
 
 // ---- look-up (embedding.cpp) ----
 struct TakeArgs {

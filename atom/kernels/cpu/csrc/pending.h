@@ -2,6 +2,7 @@
 #pragma once
 #include "amx.h"
 #include "kernels.h"
+#include "largest.h"
 
 namespace atom {
 
@@ -16,15 +17,16 @@ class Pending {
   struct Halves {
     __m256i of[2 * kPanel];
   };
-  Pending(const LinearArgs& args, Halves& halves)
+  // largest: where a thread notes the results, instead of writing them; or null.
+  Pending(const LinearArgs& args, RowLargest* largest, Halves& halves)
       : halves_(halves.of), n_(args.n), columns_(args.paired ? kPanel : 2 * kPanel), paired_(args.paired),
-        floats_(args.out_type == DType::f32 && !args.paired), base_((bf16*)args.out),
+        floats_(args.out_type == DType::f32 && !args.paired), base_((bf16*)args.out), largest_(largest),
         streams_(args.m * args.n * element_size(args.out_type) > kStreamBytes && args.n % 32 == 0 &&
-                 (uintptr_t)args.out % 64 == 0),
-        takes_any_(!args.bias && (args.out_type == DType::bf16 || (floats_ && streams_))) {}
+                 (uintptr_t)args.out % 64 == 0 && !largest_),
+        takes_any_(!args.bias && (args.out_type == DType::bf16 || largest_ || (floats_ && streams_))) {}
 
-  // Whether all results are for `begin`, but for those that stick out.
-  bool streams_floats() const { return floats_ && takes_any_; }
+  // Whether all float results are for `begin`, but for those that stick out.
+  bool takes_floats() const { return floats_ && takes_any_; }
   // Whether `begin` is for the two panels: if nothing is added, and nothing cut off.
   bool takes(int64_t panel) const { return takes_any_ && column_of(panel) + columns_ <= n_; }
 
@@ -34,8 +36,10 @@ class Pending {
              int64_t ksteps) {
     const int64_t column = column_of(panel);
     tile_ = tile;
+    row_ = row;
+    second_ = second ? row + second : 0;
+    panel_ = int32_t(panel);
     out_ = base_ + row * n_ + column;
-    next_ = second ? out_ + second * n_ : nullptr;
     left_ = height;
     each_ = (height * (second ? 2 : 1) * kStepsOfTile + ksteps - 1) / ksteps;
     staged_ = 0;
@@ -71,7 +75,10 @@ class Pending {
   }
   ATOM_INLINE void row() {
     const F16x first = load16(tile_), second = load16(tile_ + kPanel);
-    if (paired_) {
+    if (largest_) {
+      largest_[row_].see(first, panel_);
+      largest_[row_].see(second, panel_ + 1);
+    } else if (paired_) {
       const F16x v = silu(first) * second;
       if (way_ == kStore) store16(out_, v);
       else if (way_ == kStage) _mm256_store_si256(halves_ + staged_++, to_bf16(v));
@@ -87,11 +94,13 @@ class Pending {
       store16(out_ + kPanel, second);
     }
     tile_ += kResultStride;
+    ++row_;
     out_ += n_;
-    if (--left_ == 0 && next_) {
+    if (--left_ == 0 && second_) {
       left_ = kPanel;
-      out_ = next_;
-      next_ = nullptr;
+      out_ += (second_ - row_) * n_;
+      row_ = second_;
+      second_ = 0;
     }
   }
 
@@ -99,10 +108,12 @@ class Pending {
   int64_t n_, columns_;
   bool paired_, floats_;
   bf16* base_;  // or floats
+  RowLargest* largest_;
   bool streams_, takes_any_;
   const float* tile_;
-  bf16 *out_, *next_;
-  int64_t left_ = 0, each_, staged_;
+  bf16* out_;
+  int64_t row_, second_, left_ = 0, each_, staged_;  // second_: where the second tile's rows begin, or 0
+  int32_t panel_;
   Way way_ = kStore;
   bool streamed_ = false;
 };
