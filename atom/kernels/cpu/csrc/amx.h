@@ -125,9 +125,9 @@ __attribute__((noinline)) void tile_product(const Tile& t, int64_t second, Fetch
     _tile_loadd(4, a, a_stride);
     own();
     if constexpr (R == 2 && P == 2) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (P == 2) _tile_stream_loadd(7, b1, 64);
     if constexpr (R * P > 1) fetch(kHalf);
     if constexpr (R == 2) _tile_loadd(5, a1, a_stride);
-    if constexpr (P == 2) _tile_stream_loadd(7, b1, 64);
     ahead += fetched.lines * 64;
   }
   fetch(0);
