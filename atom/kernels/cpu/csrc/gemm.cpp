@@ -110,7 +110,8 @@ struct Operand {
 
 // Rows [m0, m1) and panels [p0, p1) of the result.
 template <class Step>
-void linear_block(const LinearArgs& args, RowLargest* largest, Operand a, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+void linear_block(const LinearArgs& args, RowLargest* largest, Operand a, int64_t m0, int64_t m1, int64_t p0,
+                  int64_t p1) {
   static thread_local Scratch scratch;
   const int64_t steps = ksteps(args.type, args.k);
   const int64_t panel_bytes = steps * Step::bytes;
@@ -322,27 +323,28 @@ void linear(const LinearArgs& args, int threads) {
 #if defined(ATOM_AMX)
   using Tiles = Noting<RowTiles>;
   if (args.type == DType::bf16 && has_tiles()) {
+    const int64_t panels = columns * unit;
     // Tiles would wait for the rows if every few columns read all of them: of many rows, each thread takes its own.
     if (args.m >= threads * kMaxBlockRows) {
       const int64_t most = (args.m + threads - 1) / threads;  // a thread's, cut into equal blocks of whole tiles
       const int64_t size = (most / ((most + kMaxBlockRows - 1) / kMaxBlockRows) + 31) / 32 * 32;
       shares<Tiles>(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
-                       [&](Tiles& own, int part, int64_t begin, int64_t end) {
-                         linear_tiles(own, args, own.list(args, part), a, begin * size, std::min(args.m, end * size), 0, columns * unit,
-                                      columns * unit);
-                       });
+                    [&](Tiles& own, int part, int64_t begin, int64_t end) {
+                      linear_tiles(own, args, own.list(args, part), a, begin * size, std::min(args.m, end * size), 0,
+                                   panels, panels);
+                    });
       return;
     }
     // Of few columns each thread takes few at a time, so that all end together: fewest where rows are so long that they
     // leave the L1 cache in any case.
     constexpr int64_t kTilesRow = 768;  // two tiles of such rows fill it
-    const int64_t panels = columns * unit;
-    const int64_t grain = panels >= 64 * kTilesGroup * threads                ? kTilesGroup
-                          : panels < 16 * kGroup * threads && args.k > kTilesRow ? 2
-                                                                              : kGroup;
+    int64_t grain = kGroup;
+    if (panels >= 64 * kTilesGroup * threads) grain = kTilesGroup;
+    else if (panels < 16 * kGroup * threads && args.k > kTilesRow) grain = 2;
     shares<Tiles>(threads, grain / unit, columns_of, [&](Tiles& own, int part, int64_t begin, int64_t end) {
       const Range m = share(args.m, part % best_rows, best_rows);
-      linear_tiles(own, args, own.list(args, part), a, m.begin, m.end, begin * unit, end * unit, columns_of(part).end * unit);
+      linear_tiles(own, args, own.list(args, part), a, m.begin, m.end, begin * unit, end * unit,
+                   columns_of(part).end * unit);
     });
     return;
   }

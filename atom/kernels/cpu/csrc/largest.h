@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "common.h"
@@ -9,7 +10,7 @@
 namespace atom {
 
 // Of a row, the largest of every column of the panels seen, and which panel's it was.
-struct RowLargest {
+struct alignas(64) RowLargest {
   F16x value = splat(-std::numeric_limits<float>::infinity());
   RegI panel[kRegs] = {};
   RegI nan[kRegs] = {};  // not zero where there was one
@@ -28,15 +29,15 @@ struct RowLargest {
 // Of all rows. Each thread notes what it sees in lists of its own: one, and another for the panels below its first.
 class Largest {
  public:
-  Largest(int64_t rows, int threads) : rows_(rows), lists_(2 * threads * rows) {}
+  Largest(int64_t rows, int threads) : rows_(rows), lists_(2 * threads) {}
 
-  RowLargest* new_list() { return lists_.data() + used_++ * rows_; }
+  RowLargest* new_list() { return (lists_[used_++] = std::make_unique<RowLargest[]>(rows_)).get(); }
   // The first column of the largest, or -1 if there was a NaN.
   int64_t of(int64_t row) const {
     float best = -std::numeric_limits<float>::infinity();
     int64_t first = std::numeric_limits<int64_t>::max();
     for (int list = 0; list < used_; ++list) {
-      const RowLargest& seen = lists_[list * rows_ + row];
+      const RowLargest& seen = lists_[list][row];
       float values[kPanel];
       int32_t panels[kPanel], nans[kPanel];
       memcpy(values, &seen.value, 64), memcpy(panels, seen.panel, 64), memcpy(nans, seen.nan, 64);
@@ -51,7 +52,7 @@ class Largest {
 
  private:
   int64_t rows_;
-  std::vector<RowLargest> lists_;
+  std::vector<std::unique_ptr<RowLargest[]>> lists_;
   std::atomic<int> used_{0};
 };
 
