@@ -40,10 +40,13 @@ class SamplingMetadata:
     logprob_rows: torch.Tensor | None = None  # int64 [L], those that ask; None = all rows
 
     @property
+    def changes_logits(self) -> bool:
+        return not (self.penalty_rows is self.bias_rows is self.mask_rows is None)
+
+    @property
     def only_likeliest(self) -> bool:
         """Whether no row asks for more than the likeliest token of its raw logits."""
-        changed = not (self.penalty_rows is self.bias_rows is self.mask_rows is None)
-        return self.all_greedy and not changed and self.num_logprobs < 0
+        return self.all_greedy and not self.changes_logits and self.num_logprobs < 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,7 +68,7 @@ class Sampler(nn.Module):
     def forward(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """logits: float32 [R, V]; may be overwritten, unless log probabilities are asked for."""
         adjusted = logits
-        if not (metadata.penalty_rows is metadata.bias_rows is metadata.mask_rows is None):
+        if metadata.changes_logits:
             if metadata.num_logprobs >= 0:
                 adjusted = logits.clone()
             if metadata.penalty_rows is not None:
