@@ -6,7 +6,7 @@ import torch
 from atom.kernels.cpu.ops import fast
 from atom.kernels.cpu.recording import Recorded, Recorder, StepTensors
 
-T, HEADS, DIM, BLOCK, VOCAB = 9, 2, 32, 16, 50
+T, HEADS, DIM, BLOCK, BLOCKS, VOCAB = 9, 2, 32, 16, 12, 50
 HIDDEN = HEADS * DIM
 
 
@@ -31,8 +31,8 @@ class Model:
         self.weight = random(HIDDEN).abs()
         self.up = fast.pack_weight(random(4 * HIDDEN, HIDDEN) / 8, True)
         self.gate_up = fast.pack_weight(random(2 * HIDDEN, 2 * HIDDEN) / 8, False)
-        self.cos_sin = random(64, DIM).float()
-        self.k_cache, self.v_cache = (torch.zeros(2 * T, BLOCK, HEADS, DIM, dtype=dtype) for _ in range(2))
+        self.cos_sin = random(BLOCKS * BLOCK, DIM).float()
+        self.k_cache, self.v_cache = (random(BLOCKS * T, BLOCK, HEADS, DIM) for _ in range(2))
 
     def __call__(self, s: StepTensors) -> torch.Tensor:
         residual = fast.embedding(s.input_ids, self.table)
@@ -52,10 +52,11 @@ class Model:
 
 
 def step(seed: int, count: int = T) -> StepTensors:
+    """A decode of requests with 1 to BLOCKS * BLOCK tokens."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 2 * BLOCK, (count,), generator=generator, dtype=torch.int32)
-    blocks = torch.arange(2 * count, dtype=torch.int32).view(count, 2)
-    slots = blocks[:, 0].long() * BLOCK
+    lengths = torch.randint(1, BLOCKS * BLOCK + 1, (count,), generator=generator, dtype=torch.int32)
+    blocks = torch.arange(BLOCKS * count, dtype=torch.int32).view(count, BLOCKS)
+    slots = blocks[:, 0].long() * BLOCK + lengths.long() - 1  # a request's blocks follow each other
     return StepTensors(
         torch.randint(0, VOCAB, (count,), generator=generator),
         (lengths - 1).long(),
@@ -78,12 +79,46 @@ def test_a_replay_is_the_calls_on_other_inputs(dtype):
         inputs = step(seed, (2, T, 3)[seed % 3])
         assert torch.equal(replays[len(inputs.input_ids)].replay(inputs), plain(inputs))
     assert torch.equal(recorded.k_cache, plain.k_cache)
+    assert torch.equal(recorded.v_cache, plain.v_cache)
+
+
+def test_a_replayed_decode_reads_only_what_its_request_has():
+    """Whoever attends to a request fills its cache as well: what other slots of a group hold stays out of it."""
+    dtype = torch.bfloat16
+    recorded, plain = Model(dtype), Model(dtype)
+    first = step(0)
+    _, replay = Recorder().record(lambda: recorded(first), first)
+    for seed in range(1, 20):
+        inputs = step(seed)
+        for model in (recorded, plain):
+            model.k_cache.fill_(float("nan"))
+            model.v_cache.fill_(float("nan"))
+            for slot, length in zip(inputs.slots.tolist(), inputs.seq_lens.tolist(), strict=True):
+                context = torch.arange(slot - length + 1, slot)
+                kv = torch.randn(2, len(context), HEADS, DIM, generator=torch.Generator().manual_seed(slot)).to(dtype)
+                fast.store_kv(*kv, model.k_cache, model.v_cache, context, None, None)
+        out = replay.replay(inputs)
+        assert out.isfinite().all()
+        assert torch.equal(out, plain(inputs))
+
+
+def test_a_token_may_be_stored_elsewhere():
+    recorded, plain = Model(torch.bfloat16), Model(torch.bfloat16)
+    first = step(0)
+    _, replay = Recorder().record(lambda: recorded(first), first)
+    plain(first)
+    inputs = step(1)
+    inputs.slots[3] = -1
+    inputs.slots[5] = inputs.slots[5] // BLOCK * BLOCK + 5
+    assert torch.equal(replay.replay(inputs), plain(inputs))
+    assert torch.equal(recorded.k_cache, plain.k_cache)
 
 
 def test_a_block_table_may_have_become_wider():
     recorded, plain = Model(), Model()
     first = step(1)
-    narrow = first._replace(block_table=first.block_table[:, :1].contiguous(), seq_lens=first.seq_lens.clamp(max=BLOCK))
+    table, lengths = first.block_table[:, :1].contiguous(), first.seq_lens.clamp(max=BLOCK)
+    narrow = first._replace(block_table=table, seq_lens=lengths, slots=first.block_table[:, 0].long() * BLOCK)
     _, replay = Recorder().record(lambda: recorded(narrow), narrow)
     plain(narrow)
     assert torch.equal(replay.replay(first), plain(first))

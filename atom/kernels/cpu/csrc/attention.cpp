@@ -169,7 +169,9 @@ class Attention {
   using Registers = typename On::Registers;
 
  public:
-  Attention(const AttentionArgs& args) : args_(args) {
+  // rotary, store: what comes before, if anything.
+  Attention(const AttentionArgs& args, const RotaryArgs* rotary, const StoreArgs* store)
+      : args_(args), rotary_(rotary), store_(store) {
     group_ = args.heads / args.kv_heads;
     width_ = round_up(args.dim, 16);
     steps_ = (args.dim + On::width - 1) / On::width;
@@ -180,7 +182,8 @@ class Attention {
     const int64_t tile_tokens = std::max<int64_t>(1, kTileRows / group_), kv_heads = args_.kv_heads;
     max_rows_ = round_up(tile_tokens * group_, On::rows);
     // A decode that takes all heads at once reads the cache in long runs; with few requests, heads are shared out.
-    heads_ = args_.requests >= 4 * threads ? kv_heads : 1;
+    const bool many = args_.requests >= 4 * threads;
+    heads_ = many ? kv_heads : 1;
     static thread_local std::vector<Work> work;
     work.clear();
     int64_t cost = 0;
@@ -194,6 +197,11 @@ class Attention {
         const KeyRange keys = key_range({r, 0, 1, first, tokens, 0});
         cost += (keys.end - keys.begin) * tokens * args_.heads * args_.dim;
       }
+    }
+    if (store_ && !(many && joins_store())) {
+      if (rotary_) rotary_embedding(*rotary_, threads);
+      store_kv(*store_, threads);
+      store_ = nullptr;
     }
     if (work.empty()) return;
     if (cost < 16384) threads = 1;
@@ -266,6 +274,21 @@ class Attention {
     int64_t index, partial;
   };
 
+  // Of many requests, whether whoever attends to one also fills its cache: each has one token, which goes to its end.
+  bool joins_store() const {
+    if (!On::tiles || !std::is_same_v<C, bf16> || !few(1) ||
+        store_->tokens != args_.requests || store_->cache[0].data != args_.k.data ||
+        store_->cache[1].data != args_.v.data)
+      return false;
+    for (int64_t r = 0; r < args_.requests; ++r) {
+      const int64_t at = args_.seq_lens[r] - 1, size = args_.block_size;
+      if (args_.query_start[r] != r || at < 0) return false;
+      const int64_t block = args_.block_table[r * args_.block_table_stride + at / size];
+      if (store_->slots[r] != block * size + at % size) return false;
+    }
+    return args_.query_start[args_.requests] == args_.requests;
+  }
+
   int64_t position(int64_t request, int64_t token) const {
     return args_.seq_lens[request] - (args_.query_start[request + 1] - args_.query_start[request]) + token;
   }
@@ -334,6 +357,7 @@ class Attention {
     const KeyRange keys = key_range(w);
     const int64_t first = keys.begin / kSplit, last = (keys.end + kSplit - 1) / kSplit;
     const bool one = last - first == 1;
+    if (store_ && rotary_) rotate_token(*rotary_, w.request);
     for (int64_t h = 0; h < w.heads; ++h) {
       load_query(w, w.head + h, buffers.query + h * query_bytes());
       if (!one) clear(State(buffers.total + h * floats, rows), rows);
@@ -445,8 +469,10 @@ class Attention {
     }
     const auto weigh = [&] { softmax(w, start, panels, fresh, buffers, state, key_scale, value_scale); };
 #if defined(ATOM_AMX)
-    if constexpr (On::tiles)
-      return groups(rows, head, fresh, rows_now, next, buffers, query, state, weigh);
+    if constexpr (On::tiles) {
+      const bool newest = store_ && start + rows_now.end == args_.seq_lens[w.request];
+      return groups(rows, head, fresh, rows_now, newest ? w.request : -1, next, buffers, query, state, weigh);
+    }
 #endif
     const C *keys[kTile], *values[kTile];
     head_rows(rows_now, head, panels, buffers.zeros, keys, values);
@@ -481,9 +507,9 @@ class Attention {
   }
 
 #if defined(ATOM_AMX)
-  // The same over the groups of a tiled cache.
+  // The same over the groups of a tiled cache. Its last slot is for the token number `token`, if that is not negative.
   template <class F>
-  ATOM_INLINE void groups(int64_t rows, int64_t head, bool fresh, const TileRows<C>& now, Next next,
+  ATOM_INLINE void groups(int64_t rows, int64_t head, bool fresh, const TileRows<C>& now, int64_t token, Next next,
                           const Buffers& buffers, const char* query, const State& state,
                           F&& weigh) const {
     constexpr int64_t kGroups = kTile / kGroupSlots;
@@ -505,6 +531,18 @@ class Attention {
         values[g] = buffers.values + g * bytes;
       }
       const int64_t from = now.begin - g * kGroupSlots, to = now.end - g * kGroupSlots;
+      if constexpr (std::is_same_v<C, bf16>)
+        if (token >= 0 && to <= kGroupSlots) {
+          const auto source = [&](int which) {
+            return (const bf16*)store_->source[which] + token * store_->token_stride[which] +
+                   head * store_->head_stride[which];
+          };
+          put_key_and_copy(source(0), to - 1, args_.dim, (bf16*)keys[g], buffers.keys + g * bytes);
+          put_value_and_copy(source(1), from, to - 1, args_.dim, (bf16*)values[g], buffers.values + g * bytes);
+          keys[g] = buffers.keys + g * bytes;
+          values[g] = buffers.values + g * bytes;
+          continue;
+        }
       if (from > 0 || to < kGroupSlots) {
         clean_values(values[g], from, to, args_.dim, buffers.values + g * bytes);
         values[g] = buffers.values + g * bytes;
@@ -591,36 +629,38 @@ class Attention {
   }
 
   const AttentionArgs& args_;
+  const RotaryArgs* rotary_;
+  const StoreArgs* store_;
   const Work* items_ = nullptr;
   int64_t group_, width_, steps_, max_rows_ = 0, heads_ = 1;
   float log2_scale_;
 };
 
-template <class On, class Q, class C>
-void attend(const AttentionArgs& args, int threads) {
-  Attention<On, Q, C>(args).run(threads);
+void attend(const RotaryArgs* rotary, const StoreArgs* store, const AttentionArgs& args, int threads) {
+  const auto by = [&](auto on, auto query) {
+    using On = decltype(on);
+    using Q = decltype(query);
+    if (args.k.type == DType::f8e4m3) Attention<On, Q, f8>(args, rotary, store).run(threads);
+    else Attention<On, Q, Q>(args, rotary, store).run(threads);
+  };
+  if (args.type == DType::f32) return by(OnFloat{}, float{});
+  if (args.type == DType::f16) return by(OnFloat{}, f16{});
+#if defined(ATOM_AMX)
+  if (is_tiled(args.type, args.k, args.block_size, args.kv_heads, args.dim)) return by(OnTiles{}, bf16{});
+#endif
+#if defined(ATOM_BF16_DOT)
+  by(OnBF16{}, bf16{});
+#else
+  by(OnFloat{}, bf16{});
+#endif
 }
 
 }  // namespace
 
-void paged_attention(const AttentionArgs& args, int threads) {
-  const bool scaled = args.k.type == DType::f8e4m3;
-  if (args.type == DType::f32) {
-    scaled ? attend<OnFloat, float, f8>(args, threads) : attend<OnFloat, float, float>(args, threads);
-  } else if (args.type == DType::f16) {
-    scaled ? attend<OnFloat, f16, f8>(args, threads) : attend<OnFloat, f16, f16>(args, threads);
-  } else {
-#if defined(ATOM_AMX)
-    if (is_tiled(args.type, args.k, args.block_size, args.kv_heads, args.dim))
-      return scaled ? attend<OnTiles, bf16, f8>(args, threads) : attend<OnTiles, bf16, bf16>(args, threads);
-#endif
-#if defined(ATOM_BF16_DOT)
-    using On = OnBF16;
-#else
-    using On = OnFloat;
-#endif
-    scaled ? attend<On, bf16, f8>(args, threads) : attend<On, bf16, bf16>(args, threads);
-  }
+void paged_attention(const AttentionArgs& args, int threads) { attend(nullptr, nullptr, args, threads); }
+
+void paged_attention(const RotaryArgs* rotary, const StoreArgs& store, const AttentionArgs& args, int threads) {
+  attend(rotary, &store, args, threads);
 }
 
 }  // namespace atom

@@ -91,6 +91,7 @@ struct RotaryArgs {
   int64_t heads[2], token_stride[2], head_stride[2];
 };
 void rotary_embedding(const RotaryArgs& args, int threads);
+void rotate_token(const RotaryArgs& args, int64_t token);
 
 // ---- sampling ----
 void argmax(const float* x, int64_t rows, int64_t cols, int64_t ldx, int64_t* out, int threads);
@@ -140,6 +141,9 @@ struct AttentionArgs {
   int64_t window;  // 0 = none
 };
 void paged_attention(const AttentionArgs& args, int threads);
+// After rotating queries and keys (if rotary is given), and filling the cache: where each request has one token, the
+// thread that attends to it does all three, as it has the cache lines that a key and a value become part of.
+void paged_attention(const RotaryArgs* rotary, const StoreArgs& store, const AttentionArgs& args, int threads);
 
 const char* isa();
 

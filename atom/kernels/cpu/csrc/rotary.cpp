@@ -20,7 +20,7 @@ T put(float x) {
 }
 
 template <class T>
-void rotate_token(const RotaryArgs& args, int64_t token) {
+void rotate(const RotaryArgs& args, int64_t token) {
   const int64_t half = args.rotary_dim / 2;
   const float* cosine = args.cos_sin + args.positions[token] * args.rotary_dim;
   const float* sine = cosine + half;
@@ -48,12 +48,16 @@ void rotate_token(const RotaryArgs& args, int64_t token) {
 
 }  // namespace
 
+void rotate_token(const RotaryArgs& args, int64_t token) {
+  by_type(args.type, [&](auto tag) { rotate<decltype(tag)>(args, token); });
+}
+
 void rotary_embedding(const RotaryArgs& args, int threads) {
   const int64_t cost = (args.heads[0] + args.heads[1]) * args.rotary_dim / 2;
   by_type(args.type, [&](auto tag) {
     using T = decltype(tag);
     for_rows(args.tokens, cost, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t token = begin; token < end; ++token) rotate_token<T>(args, token);
+      for (int64_t token = begin; token < end; ++token) rotate<T>(args, token);
     });
   });
 }

@@ -12,6 +12,10 @@ bool reads_inputs(const StoreArgs& args, const StepInputs& in) { return args.slo
 bool reads_inputs(const AttentionArgs& args, const StepInputs& in) {
   return args.query_start == in.query_start && args.seq_lens == in.seq_lens && args.block_table == in.block_table;
 }
+bool reads_inputs(const StoreAndAttendArgs& args, const StepInputs& in) {
+  return (!args.rotates || reads_inputs(args.rotary, in)) && reads_inputs(args.store, in) &&
+         reads_inputs(args.attention, in);
+}
 
 template <class Args>
 void give_inputs(Args&, const StepInputs&) {}
@@ -24,8 +28,30 @@ void give_inputs(AttentionArgs& args, const StepInputs& in) {
   args.block_table = in.block_table;
   args.block_table_stride = in.block_table_stride;
 }
+void give_inputs(StoreAndAttendArgs& args, const StepInputs& in) {
+  give_inputs(args.rotary, in);
+  give_inputs(args.store, in);
+  give_inputs(args.attention, in);
+}
 
 }  // namespace
+
+void Tape::add(const AttentionArgs& args) {
+  const StoreArgs* store = calls_.empty() ? nullptr : std::get_if<StoreArgs>(&calls_.back());
+  if (!store || store->cache[0].data != args.k.data || store->cache[1].data != args.v.data) {
+    calls_.push_back(args);
+    return;
+  }
+  StoreAndAttendArgs all{false, {}, *store, args};
+  calls_.pop_back();
+  const RotaryArgs* rotary = calls_.empty() ? nullptr : std::get_if<RotaryArgs>(&calls_.back());
+  if (rotary && rotary->x[0] == args.query && rotary->x[1] == store->source[0]) {
+    all.rotates = true;
+    all.rotary = *rotary;
+    calls_.pop_back();
+  }
+  calls_.push_back(all);
+}
 
 bool Tape::reads(const StepInputs& inputs) const {
   for (const auto& call : calls_)

@@ -16,6 +16,16 @@ inline void run(const RotaryArgs& args, int threads) { rotary_embedding(args, th
 inline void run(const StoreArgs& args, int threads) { store_kv(args, threads); }
 inline void run(const AttentionArgs& args, int threads) { paged_attention(args, threads); }
 
+struct StoreAndAttendArgs {
+  bool rotates;
+  RotaryArgs rotary;
+  StoreArgs store;
+  AttentionArgs attention;
+};
+inline void run(const StoreAndAttendArgs& args, int threads) {
+  paged_attention(args.rotates ? &args.rotary : nullptr, args.store, args.attention, threads);
+}
+
 // What changes from step to step; the numbers of tokens, requests and blocks a row may be read up to do not.
 struct StepInputs {
   const int64_t *ids, *positions, *slots;
@@ -27,6 +37,8 @@ class Tape {
  public:
   template <class Args>
   void add(const Args& args) { calls_.push_back(args); }
+  // As one call with those before that rotate for it and fill its cache.
+  void add(const AttentionArgs& args);
 
   // Whether all that the calls read of a step is among these inputs, which were those of the recorded step.
   bool reads(const StepInputs& inputs) const;
@@ -34,7 +46,8 @@ class Tape {
   int64_t replay(const StepInputs& inputs, int threads);
 
  private:
-  std::vector<std::variant<LinearArgs, TakeArgs, NormArgs, SiluArgs, RotaryArgs, StoreArgs, AttentionArgs>> calls_;
+  std::vector<std::variant<LinearArgs, TakeArgs, NormArgs, SiluArgs, RotaryArgs, StoreArgs, AttentionArgs,
+                           StoreAndAttendArgs>> calls_;
 };
 
 }  // namespace atom
