@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from atom.layers.attention.base import AttentionMetadata
 
 
@@ -17,11 +19,14 @@ class ForwardContext:
         profiling run, where attention writes zeros and touches no cache.
     layers: attention layers by name, so that a custom op can find its caches.
     graph_size: tokens the batch is padded to, when pieces run as CUDA graphs; 0 = they don't.
+    wanted_rows: int64 [S], the tokens whose results are asked for: from where tokens no longer read each other, a model
+        may leave out the rest. None: all.
     """
 
     attn_metadata: "AttentionMetadata | None"
     layers: dict[str, Any] = field(default_factory=dict)
     graph_size: int = 0
+    wanted_rows: "torch.Tensor | None" = None
 
 
 _current: ForwardContext | None = None

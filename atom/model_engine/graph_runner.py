@@ -58,12 +58,13 @@ class GraphRunner:
                     self._forward(inputs.ids, inputs.positions)
             progress(1)
 
-    def run(self, step: StepInput) -> torch.Tensor:
-        """hidden [T, H]; valid until the next step."""
+    def run(self, step: StepInput, only_sampled: bool = False) -> torch.Tensor:
+        """hidden [T, H]; valid until the next step. only_sampled: may be [S, H], of the tokens sampled from."""
         metadata, graph = step.metadata, step.graph
         if graph is None:
             self._plan(metadata)
-            with set_forward_context(ForwardContext(metadata, self._layers)):
+            rows = step.logits_indices if only_sampled and 0 < len(step.logits_indices) < len(step.input_ids) else None
+            with set_forward_context(ForwardContext(metadata, self._layers, wanted_rows=rows)):
                 if self._recorded is not None and self._recorded.takes(metadata):
                     return self._recorded.run(step.input_ids, step.positions, metadata)
                 return self._forward(step.input_ids, step.positions)

@@ -173,7 +173,9 @@ class ModelRunner:
         """
         self._update_rows(batch)
         step = self.batch.prepare(batch)
-        hidden = self.graph_runner.run(step)
+        # A GPU's graphs and compiled pieces know one number of rows a step.
+        only_sampled = self.platform.device_type == "cpu" and not self._prompt_logprob_rows
+        hidden = self.graph_runner.run(step, only_sampled)
         prompt_logprobs = self._collect_prompt_logprobs(step, hidden)
         rows = step.sampled_rows
         if not len(rows):

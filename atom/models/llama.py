@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
+from atom.forward_context import get_forward_context
 from atom.layers.attention.base import PackedRotation
 from atom.layers.attention.layer import Attention
 from atom.layers.build import BuildContext
@@ -109,6 +111,7 @@ class LlamaDecoderLayer(Layer):
         gate_up_proj = getattr(self.mlp, "gate_up_proj", None)  # experts have none
         self.input_layernorm = RMSNorm(size, eps, context=context, feeds=self.self_attn.qkv_proj)
         self.post_attention_layernorm = RMSNorm(size, eps, context=context, feeds=gate_up_proj)
+        self._is_last = index == config.num_hidden_layers - 1
 
     def make_attention(
         self, config: Any, index: int, rope: RotaryEmbedding, context: BuildContext, prefix: str
@@ -134,8 +137,16 @@ class LlamaDecoderLayer(Layer):
         else:
             x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(positions, x)
+        if self._is_last and not is_compiling():
+            x, residual = _wanted(x, residual)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
+
+
+def _wanted(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without the rows that nobody asks for: after its attention, the last layer computes each for itself."""
+    rows = get_forward_context().wanted_rows
+    return (x, residual) if rows is None else (x.index_select(0, rows), residual.index_select(0, rows))
 
 
 class LlamaModel(Layer):

@@ -35,8 +35,8 @@ def case(request, tmp_path_factory):
         return Case(model(tokens.unsqueeze(0)).logits[0], tokens, str(path))
 
 
-def run(case: Case, backend: str, block_size: int, cuts: list[int]) -> torch.Tensor:
-    """Logits of all positions, the tokens given in pieces of the sizes `cuts`."""
+def run(case: Case, backend: str, block_size: int, cuts: list[int], wanted: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of all positions, or of those of the last piece that are wanted; pieces have the sizes `cuts`."""
     config = config_from_kwargs(case.path, torch_dtype="float32", device="cpu", max_model_len=128)
     context = BuildContext(
         dtype=torch.float32,
@@ -64,11 +64,13 @@ def run(case: Case, backend: str, block_size: int, cuts: list[int]) -> torch.Ten
                 max_query_len=count,
                 max_seq_len=done + count,
             )
-            with set_forward_context(ForwardContext(metadata, {layer.layer_name: layer for layer in layers})):
+            names = {layer.layer_name: layer for layer in layers}
+            rows = wanted if done + count == NUM_TOKENS else None
+            with set_forward_context(ForwardContext(metadata, names, wanted_rows=rows)):
                 hidden = model(case.tokens[done : done + count], positions)
             out.append(model.compute_logits(hidden))
             done += count
-    return torch.cat(out)
+    return torch.cat(out) if wanted is None else out[-1]
 
 
 @pytest.mark.parametrize("cuts", CUTS, ids=lambda c: c.replace(" ", "-"))
@@ -77,6 +79,14 @@ def test_logits(case, backend, cuts):
     logits = run(case, backend, 16 if cuts != "chunked" else 1, CUTS[cuts])
     error = (logits - case.expected).abs().max() / case.expected.abs().max()
     assert error < 1e-4, f"max relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_rows_that_nobody_wants_are_left_out(case, backend):
+    wanted = torch.tensor([0, 5, 19])
+    logits = run(case, backend, 16, CUTS["chunked"], wanted)
+    assert len(logits) == 3
+    torch.testing.assert_close(logits, run(case, backend, 16, CUTS["chunked"])[50 + wanted], rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_architecture_names_the_nearest():
