@@ -560,13 +560,17 @@ class Attention {
 
   void softmax(const Work& w, int64_t start, int64_t panels, bool fresh, const Buffers& buffers, const State& state,
                const float* key_scale, const float* value_scale) const {
-    with_constant<kTile / 16>(panels, [&](auto n) {
-      for (int64_t t = 0, r = 0; t < w.tokens; ++t) {
-        const int64_t last = position(w.request, w.first + t), first = first_seen(last);
-        for (int64_t g = 0; g < group_; ++g, ++r)
+    for (int64_t t = 0, r = 0; t < w.tokens; ++t) {
+      const int64_t last = position(w.request, w.first + t), first = first_seen(last);
+      // Panels after the last key that is seen have probability 0.
+      const int64_t seen = std::clamp<int64_t>((last - start) / 16 + 1, 1, panels), end = r + group_;
+      with_constant<kTile / 16>(seen, [&](auto n) {
+        for (; r < end; ++r) {
           softmax_row<n()>(fresh, buffers, state, r, first - start, last - start, key_scale, value_scale);
-      }
-    });
+          for (int64_t p = n(); p < panels; ++p) store16(buffers.probabilities + r * kTile + p * 16, splat(0.0f));
+        }
+      });
+    }
   }
 
   // Scores of a row -> probabilities relative to the new maximum; what was summed before is rescaled to it.
