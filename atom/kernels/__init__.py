@@ -34,6 +34,8 @@ OPS: dict[str, str] = {
     "linear_argmax": "linear",
     "prepare_silu_linear_weight": "linear",
     "linear_silu_and_mul": "linear",
+    "rms_norm_linear": "linear",
+    "rms_norm_linear_silu_and_mul": "linear",
     "prepare_quant_weight": "quant_linear",
     "quant_linear": "quant_linear",
     "route_experts": "routing",

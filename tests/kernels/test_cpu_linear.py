@@ -17,7 +17,10 @@ from atom.kernels.cpu.linear import (  # noqa: E402
     linear_silu_and_mul,
     prepare_linear_weight,
     prepare_silu_linear_weight,
+    rms_norm_linear,
+    rms_norm_linear_silu_and_mul,
 )
+from atom.kernels.cpu.norm import add_rms_norm, rms_norm  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half a unit in the last place, relative, and of float32 sums the accumulated error.
@@ -119,6 +122,49 @@ def test_argmax_is_the_first_of_the_largest_results(m, n, k, dtype, threads):
     check(x, w)
     w[n - 1] = w[n // 2] = float("nan")
     assert (check(x.nan_to_num(), w) == n // 2).all()
+
+
+@pytest.mark.usefixtures("threads_restored")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(176, 576), (34, 33), (1000, 40)])
+@pytest.mark.parametrize("m", [0, 1, 3, 16, 17, 33, 64, 500])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_norm_within_a_layer_has_the_bits_of_one_before_it(m, n, k, dtype, threads):
+    x, w, b = make(m, 2 * n, k, dtype)
+    rows, norm_weight = make(m, 1, k, dtype, seed=1)[0], make(1, 1, k, dtype, seed=2)[0][0].abs()
+    prepared, paired = prepare_linear_weight(w), prepare_silu_linear_weight(w)
+    torch.set_num_threads(threads)
+    for residual in (None, rows):
+        total = residual
+        y = rms_norm(x, norm_weight, 1e-5)
+        if residual is not None:
+            y, total = add_rms_norm(x.clone(), residual.clone(), norm_weight, 1e-5)
+        for bias in (None, b):
+            sums = residual if residual is None else residual.clone()
+            got = rms_norm_linear(x, sums, norm_weight, 1e-5, prepared, bias, 2 * n)
+            assert torch.equal(got, linear(y, prepared, bias, 2 * n))
+            assert total is None or torch.equal(sums, total)
+        sums = residual if residual is None else residual.clone()
+        got = rms_norm_linear_silu_and_mul(x, sums, norm_weight, 1e-5, paired, n)
+        assert torch.equal(got, linear_silu_and_mul(y, paired, n))
+        assert total is None or torch.equal(sums, total)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_norm_within_a_layer_of_strided_rows(dtype):
+    x, w, b = make(6, 40, 34, dtype)
+    norm_weight = torch.full((34,), 0.5, dtype=dtype)
+    wide = torch.zeros(6, 99, dtype=dtype)
+    wide[:, 60:94] = x
+    sums = torch.ones(6, 50, dtype=dtype)
+    got = rms_norm_linear(wide[:, 60:94], sums[:, :34], norm_weight, 1e-5, prepare_linear_weight(w), b, 40)
+    total = torch.ones(6, 34, dtype=dtype)
+    expected = reference.rms_norm_linear(x, total, norm_weight, 1e-5, w, b, 40)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(sums[:, :34], total)
+    assert torch.equal(sums[:, 34:], torch.ones(6, 16, dtype=dtype))
+    got = rms_norm_linear_silu_and_mul(x, None, norm_weight, 1e-5, prepare_silu_linear_weight(w), 20)
+    torch.testing.assert_close(got, reference.rms_norm_linear_silu_and_mul(x, None, norm_weight, 1e-5, w, 20))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

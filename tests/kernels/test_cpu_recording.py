@@ -36,8 +36,8 @@ class Model:
 
     def __call__(self, s: StepTensors) -> torch.Tensor:
         residual = fast.embedding(s.input_ids, self.table)
-        x = fast.rms_norm(residual, self.weight, 1e-5)
-        qkv = fast.linear(x, self.qkv, None, 3 * HIDDEN, False).view(-1, 3 * HEADS, DIM)
+        qkv = fast.norm_linear(residual, None, self.weight, 1e-5, self.qkv, None, 3 * HIDDEN, False)
+        qkv = qkv.view(-1, 3 * HEADS, DIM)
         q, k, v = qkv.split_with_sizes([HEADS] * 3, 1)
         q = fast.rms_norm(q, self.head_weight, 1e-5)
         fast.rotary(s.positions, q, k, self.cos_sin, False)
@@ -45,8 +45,8 @@ class Model:
         fast.store_kv(k, v, self.k_cache, self.v_cache, s.slots, None, None)
         caches = (self.k_cache, self.v_cache)
         fast.paged_attention(q, *caches, s.query_start, s.seq_lens, s.block_table, out, 0.2, 0, None, None)
-        x, residual = fast.add_rms_norm(out.view(-1, HIDDEN), residual, self.weight, 1e-5)
-        x = fast.linear_silu_and_mul(x, self.up, 2 * HIDDEN)
+        x = out.view(-1, HIDDEN)
+        x = fast.norm_linear(x, residual, self.weight, 1e-5, self.up, None, 2 * HIDDEN, True)
         x = fast.silu_and_mul(fast.linear(x, self.gate_up, None, 2 * HIDDEN, False))
         return fast.add_rms_norm(x, residual, self.weight, 1e-5)[0]
 

@@ -11,7 +11,7 @@ from atom.kernels.cpu.ops import fast, ops
 from atom.kernels.torch import linear as reference
 
 _pack_weight, _linear, _linear_silu_and_mul = fast.pack_weight, fast.linear, fast.linear_silu_and_mul
-_linear_argmax = fast.linear_argmax
+_linear_argmax, _norm_linear = fast.linear_argmax, fast.norm_linear
 _op_linear, _op_linear_silu_and_mul = ops.linear.default, ops.linear_silu_and_mul.default
 
 
@@ -54,4 +54,37 @@ def linear_silu_and_mul(x: torch.Tensor, prepared: torch.Tensor, intermediate_si
     if out is NotImplemented:
         assert prepared.dim() == 2, f"no kernel for x of {x.dtype} with a packed weight"
         return reference.linear_silu_and_mul(x, prepared, intermediate_size)
+    return out
+
+
+def rms_norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    prepared: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    """As the reference; the bits of rms_norm and linear. Not for torch.compile, which sees these two instead."""
+    out = _norm_linear(x, residual, norm_weight, eps, prepared, bias, out_features, False)
+    if out is NotImplemented:
+        assert prepared.dim() == 2, f"no kernel for x of {x.dtype} with a packed weight and bias {bias}"
+        return reference.rms_norm_linear(x, residual, norm_weight, eps, prepared, bias, out_features)
+    return out
+
+
+def rms_norm_linear_silu_and_mul(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    prepared: torch.Tensor,
+    intermediate_size: int,
+) -> torch.Tensor:
+    """As the reference; the bits of rms_norm and linear_silu_and_mul. Not for torch.compile either."""
+    out = _norm_linear(x, residual, norm_weight, eps, prepared, None, intermediate_size, True)
+    if out is NotImplemented:
+        assert prepared.dim() == 2, f"no kernel for x of {x.dtype} with a packed weight"
+        return reference.rms_norm_linear_silu_and_mul(x, residual, norm_weight, eps, prepared, intermediate_size)
     return out

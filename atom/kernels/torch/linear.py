@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from atom.kernels.torch.activation import silu_and_mul
+from atom.kernels.torch.norm import add_rms_norm, rms_norm
 from atom.kernels.torch.sampling import greedy
 
 
@@ -33,3 +34,36 @@ def prepare_silu_linear_weight(weight: torch.Tensor) -> torch.Tensor:
 def linear_silu_and_mul(x: torch.Tensor, prepared: torch.Tensor, intermediate_size: int) -> torch.Tensor:
     """[T, K] -> [T, I]: silu(x @ gate.T) * (x @ up.T)."""
     return silu_and_mul(F.linear(x, prepared))
+
+
+def rms_norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    prepared: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    """`linear` of rms_norm(x), or of rms_norm(x + residual), where the residual becomes that sum."""
+    return linear(_normalized(x, residual, norm_weight, eps), prepared, bias, out_features)
+
+
+def rms_norm_linear_silu_and_mul(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    prepared: torch.Tensor,
+    intermediate_size: int,
+) -> torch.Tensor:
+    """`linear_silu_and_mul` of the same."""
+    return linear_silu_and_mul(_normalized(x, residual, norm_weight, eps), prepared, intermediate_size)
+
+
+def _normalized(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if residual is None:
+        return rms_norm(x, weight, eps)
+    y, total = add_rms_norm(x, residual, weight, eps)
+    residual.copy_(total)
+    return y

@@ -125,6 +125,30 @@ bool linear(const Tensor& x_in, const Tensor& packed, const Tensor* bias, int64_
   return true;
 }
 
+// The same of rms_norm(x), or of rms_norm(x + residual), which the residual becomes.
+bool norm_linear(const Tensor& x_in, const Tensor* residual, const Tensor& weight, double eps, const Tensor& packed,
+                 const Tensor* bias, int64_t n, bool paired, Tensor& out) {
+  atom::LinearArgs args;
+  Tensor x;
+  if (!linear_args(x_in, packed, bias, n, paired, x, args) || weight.scalar_type() != x.scalar_type() ||
+      weight.dim() != 1 || weight.stride(0) != 1 || weight.size(0) != args.k)
+    return false;
+  if (residual) {
+    int64_t rows;
+    if (residual->scalar_type() != x.scalar_type() || residual->sizes() != x.sizes() ||
+        !rows_of(*residual, rows, args.norm.ldr))
+      return false;
+    args.norm.residual = residual->data_ptr();
+  }
+  args.norm.weight = weight.const_data_ptr();
+  args.norm.eps = float(eps);
+  args.out_type = args.type;
+  out = output_like(x, n, x.scalar_type());
+  args.out = out.data_ptr();
+  perform(args);
+  return true;
+}
+
 // Not part of a recorded step, whose results are float.
 bool linear_argmax(const Tensor& x_in, const Tensor& packed, int64_t n, Tensor& out) {
   atom::LinearArgs args;
@@ -463,6 +487,13 @@ FUNCTION(py_linear_silu_and_mul) {
                                                                                          : unsupported();
   });
 }
+FUNCTION(py_norm_linear) {  // (x, residual or None, norm weight, eps, packed, bias, n, paired); changes the residual
+  return call<8>(count, [&] {
+    Tensor out;
+    return norm_linear(tensor(a[0]), optional_tensor(a[1]), tensor(a[2]), real(a[3]), tensor(a[4]),
+                       optional_tensor(a[5]), integer(a[6]), truth(a[7]), out) ? wrap(std::move(out)) : unsupported();
+  });
+}
 FUNCTION(py_embedding) {
   return call<2>(count, [&] {
     Tensor out;
@@ -615,7 +646,7 @@ PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(atom::isa()
 
 #define METHOD(name) {#name, (PyCFunction)(void*)py_##name, METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {METHOD(pack_weight), METHOD(linear), METHOD(linear_argmax),
-                         METHOD(linear_silu_and_mul), METHOD(embedding),
+                         METHOD(linear_silu_and_mul), METHOD(norm_linear), METHOD(embedding),
                          METHOD(rms_norm), METHOD(add_rms_norm), METHOD(silu_and_mul), METHOD(rotary),
                          METHOD(store_kv), METHOD(paged_attention), METHOD(argmax), METHOD(sample), METHOD(make_arena),
                          METHOD(start_recording), METHOD(stop_recording), METHOD(new_empty), METHOD(borrow),

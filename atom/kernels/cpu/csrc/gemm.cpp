@@ -6,6 +6,7 @@
 #include "amx.h"
 #include "largest.h"
 #include "micro.h"
+#include "norm_row.h"
 #include "pending.h"
 
 namespace atom {
@@ -103,10 +104,65 @@ class Noting : public Registers {
   int part_ = 0;
 };
 
+// Rows of A as the register tiles read them.
 struct Operand {
-  const char* data;
-  int64_t stride;  // bytes
+  const char* data;  // null: to be made by make_rows
+  int64_t stride;    // bytes
 };
+
+// The type in which rows of `type` are multiplied.
+inline DType operand_type(DType type) {
+#if defined(ATOM_BF16_DOT)
+  if (type == DType::bf16) return type;
+#endif
+  (void)type;
+  return DType::f32;
+}
+
+// x as it is, where that is possible.
+Operand operand(const LinearArgs& args) {
+  const DType type = operand_type(args.type);
+  const int64_t width = ksteps(args.type, args.k) * kwidth(args.type);
+  const bool as_is = !args.norm.weight && type == args.type && width == args.k;
+  if (as_is) return {(const char*)args.x, args.ldx * element_size(args.type)};
+  return {nullptr, width * element_size(type)};
+}
+
+// In the operand's type, and with zeros behind it.
+void convert_row(const LinearArgs& args, const void* from, char* to) {
+  const int64_t size = element_size(args.type);
+  if (operand_type(args.type) == args.type) {
+    if (from != to) memcpy(to, from, args.k * size);
+    memset(to + args.k * size, 0, (ksteps(args.type, args.k) * kwidth(args.type) - args.k) * size);
+  } else if (args.type == DType::bf16) {
+    for (int64_t i = 0; i < args.k; ++i) ((float*)to)[i] = bf16_to_float(((const bf16*)from)[i].bits);
+    if (args.k % 2) ((float*)to)[args.k] = 0;
+  } else {
+    for (int64_t i = 0; i < args.k; i += 16)
+      store_some((float*)to + i, load_some((const f16*)from + i, args.k - i), args.k - i);
+  }
+}
+
+// Rows [begin, end) of the operand, the first at `to`: normalized where asked, and converted.
+void make_rows(const LinearArgs& args, int64_t begin, int64_t end, char* to, int64_t stride) {
+  static thread_local Scratch scratch;
+  const RowNorm& norm = args.norm;
+  by_type(args.type, [&](auto tag) {
+    using T = decltype(tag);
+    const bool converts = operand_type(args.type) != args.type;
+    T* const apart = norm.weight && converts ? (T*)scratch.get(args.k * sizeof(T)) : nullptr;
+    for (int64_t row = begin; row < end; ++row, to += stride) {
+      const T* x = (const T*)args.x + row * args.ldx;
+      if (norm.weight) {
+        T* const residual = norm.residual ? (T*)norm.residual + row * norm.ldr : nullptr;
+        T* const normed = converts ? apart : (T*)to;
+        norm_row(x, residual, (const T*)norm.weight, norm.eps, args.k, residual, normed);
+        x = normed;
+      }
+      convert_row(args, x, to);
+    }
+  });
+}
 
 // Rows [m0, m1) and panels [p0, p1) of the result.
 template <class Step>
@@ -161,7 +217,8 @@ void one_tile(Tile t, int64_t panels) {
 }
 
 // The same by tile registers: two tiles of rows stay in the L1 cache while they meet the panels of a group. Meanwhile
-// the next group is fetched, unless it begins at `limit`, where another thread's panels do.
+// the next group is fetched, unless it begins at `limit`, where another thread's panels do. Rows that are not made yet
+// are made when their block's turn comes, and stay in the L2 cache until it is over.
 void linear_tiles(RowTiles& tiles, const LinearArgs& args, RowLargest* largest, Operand a, int64_t m0, int64_t m1,
                   int64_t p0, int64_t p1, int64_t limit) {
   static thread_local Scratch scratch;
@@ -172,12 +229,17 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, RowLargest* largest, 
   const bool whole = block_steps == steps;  // all of K at once
   const int64_t results = whole ? 1 : kMaxBlockRows / 32 * kGroup / 2;
   float* result = (float*)scratch.get(results * kResult * sizeof(float));
+  static thread_local Scratch made;
+  char* const own = a.data ? nullptr : (char*)made.get(std::min(kMaxBlockRows, m1 - m0) * a.stride);
   Pending::Halves halves;
   Pending pending(args, largest, halves);
   const bool plain =
       args.out_type == DType::f32 && !args.bias && !args.paired && whole && !pending.takes_floats();
   for (int64_t row = m0; row < m1; row += kMaxBlockRows) {
-    tiles.take(std::min(kMaxBlockRows, m1 - row));
+    const int64_t rows = std::min(kMaxBlockRows, m1 - row);
+    if (own) make_rows(args, row, row + rows, own, a.stride);
+    const char* const block_rows = own ? own : a.data + row * a.stride;
+    tiles.take(rows);
     const int64_t blocks = (tiles.count() + 1) / 2;
     for (int64_t group = p0; group < p1; group += most) {
       const int64_t end = std::min(group + most, p1), pairs = (end - group + 1) / 2;
@@ -191,11 +253,12 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, RowLargest* largest, 
         if (next) fetch.lines = int((32 + kStreams * blocks - 1) / (kStreams * blocks));
         for (int64_t block = 0; block < blocks; ++block) {
           const int64_t first = row + tiles.first(2 * block), second = row + tiles.first(2 * block + 1) - first;
+          const char* const tile_rows = block_rows + tiles.first(2 * block) * a.stride;
           const bool two = 2 * block + 1 < tiles.count();
           for (int64_t p = group; p < end; p += 2) {
             Tile t;
             t.steps = std::min(block_steps, steps - s);
-            t.a = a.data + first * a.stride + s * 4;
+            t.a = tile_rows + s * 4;
             t.a_stride = a.stride;
             t.b = begin + (p - group) * panel_bytes + s * 64;
             t.panel_bytes = panel_bytes;
@@ -239,38 +302,6 @@ void linear_tiles(RowTiles& tiles, const LinearArgs& args, RowLargest* largest, 
 }
 #endif
 
-// Rows of A as the register tiles read them: as they are where possible.
-Operand operand(const LinearArgs& args, Scratch& scratch, bool& convert) {
-#if defined(ATOM_BF16_DOT)
-  const bool as_is = args.type == DType::f32 || (args.type == DType::bf16 && ksteps(args.type, args.k) * 2 == args.k);
-  const int64_t width = args.type == DType::bf16 ? 2 : 4;
-#else
-  const bool as_is = args.type == DType::f32;
-  const int64_t width = 4;
-#endif
-  convert = !as_is;
-  if (as_is) return {(const char*)args.x, args.ldx * element_size(args.type)};
-  const int64_t stride = ksteps(args.type, args.k) * kwidth(args.type) * width;
-  return {(const char*)scratch.get(args.m * stride), stride};
-}
-
-void convert_row(const LinearArgs& args, int64_t row, char* to) {
-  if (args.type == DType::bf16) {
-    const bf16* from = (const bf16*)args.x + row * args.ldx;
-#if defined(ATOM_BF16_DOT)
-    memcpy(to, from, args.k * 2);
-    memset(to + args.k * 2, 0, (ksteps(args.type, args.k) * 2 - args.k) * 2);
-#else
-    for (int64_t i = 0; i < args.k; ++i) ((float*)to)[i] = bf16_to_float(from[i].bits);
-    if (args.k % 2) ((float*)to)[args.k] = 0;
-#endif
-  } else {
-    const f16* from = (const f16*)args.x + row * args.ldx;
-    for (int64_t i = 0; i < args.k; i += 16)
-      store_some((float*)to + i, load_some(from + i, args.k - i), args.k - i);
-  }
-}
-
 }  // namespace
 
 int64_t ksteps(DType type, int64_t k) {
@@ -312,29 +343,34 @@ void linear(const LinearArgs& args, int threads) {
     const int64_t cost = ((args.m + by_rows - 1) / by_rows) * ((columns + by_columns - 1) / by_columns);
     if (cost < best) best = cost, best_rows = by_rows;
   }
-  static thread_local Scratch scratch;
-  bool convert;
-  const Operand a = operand(args, scratch, convert);
-  if (convert)
-    for_rows(args.m, args.k, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) convert_row(args, i, (char*)a.data + i * a.stride);
-    });
-  const auto columns_of = [&](int part) { return share(columns, part / best_rows, threads / best_rows); };
+  Operand a = operand(args);
 #if defined(ATOM_AMX)
   using Tiles = Noting<RowTiles>;
-  if (args.type == DType::bf16 && has_tiles()) {
-    const int64_t panels = columns * unit;
-    // Tiles would wait for the rows if every few columns read all of them: of many rows, each thread takes its own.
-    if (args.m >= threads * kMaxBlockRows) {
-      const int64_t most = (args.m + threads - 1) / threads;  // a thread's, cut into equal blocks of whole tiles
-      const int64_t size = (most / ((most + kMaxBlockRows - 1) / kMaxBlockRows) + 31) / 32 * 32;
-      shares<Tiles>(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
-                    [&](Tiles& own, int part, int64_t begin, int64_t end) {
-                      linear_tiles(own, args, own.list(args, part), a, begin * size, std::min(args.m, end * size), 0,
-                                   panels, panels);
-                    });
-      return;
-    }
+  const bool by_tiles = args.type == DType::bf16 && has_tiles();
+  const int64_t panels = columns * unit;
+  // Tiles would wait for the rows if every few columns read all of them: of many rows, each thread takes its own.
+  if (by_tiles && args.m >= threads * kMaxBlockRows) {
+    const int64_t most = (args.m + threads - 1) / threads;  // a thread's, cut into equal blocks of whole tiles
+    const int64_t size = (most / ((most + kMaxBlockRows - 1) / kMaxBlockRows) + 31) / 32 * 32;
+    shares<Tiles>(threads, 1, [&](int part) { return share((args.m + size - 1) / size, part, threads); },
+                  [&](Tiles& own, int part, int64_t begin, int64_t end) {
+                    linear_tiles(own, args, own.list(args, part), a, begin * size, std::min(args.m, end * size), 0,
+                                 panels, panels);
+                  });
+    return;
+  }
+#endif
+  static thread_local Scratch scratch;
+  if (!a.data) {
+    char* const made = (char*)scratch.get(args.m * a.stride);
+    for_rows(args.m, args.k, threads, [&](int64_t begin, int64_t end) {
+      make_rows(args, begin, end, made + begin * a.stride, a.stride);
+    });
+    a.data = made;
+  }
+  const auto columns_of = [&](int part) { return share(columns, part / best_rows, threads / best_rows); };
+#if defined(ATOM_AMX)
+  if (by_tiles) {
     // Of few columns each thread takes few at a time, so that all end together: fewest where rows are so long that they
     // leave the L1 cache in any case.
     constexpr int64_t kTilesRow = 768;  // two tiles of such rows fill it

@@ -22,6 +22,14 @@ inline int64_t num_panels(int64_t n, bool paired) {
   return paired ? 2 * ((n / 2 + kPanel - 1) / kPanel) : (n + kPanel - 1) / kPanel;
 }
 
+// What rms_norm makes of a product's rows before they are multiplied.
+struct RowNorm {
+  const void* weight = nullptr;  // [k]; null: nothing
+  float eps = 0;
+  void* residual = nullptr;  // becomes x + residual, which is what is normalized; or null
+  int64_t ldr = 0;
+};
+
 class Largest;
 struct LinearArgs {
   DType type;            // of x and the weight
@@ -34,6 +42,7 @@ struct LinearArgs {
   DType bias_type;
   void* out;             // [m, n], contiguous
   bool paired;           // out = silu(gate) * up
+  RowNorm norm;
   Largest* largest = nullptr;  // where results are noted instead, if given
 };
 void linear(const LinearArgs& args, int threads);
