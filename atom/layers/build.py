@@ -21,6 +21,7 @@ class BuildContext:
         Plain torch when a compiler will fuse them with their neighbours.
     fuses_qkv: norm and rotation of query and key and the cache write are one op.
     fuses_norm_quant, fuses_activation_quant: a norm, or the gated activation, quantizes what a quantized layer reads.
+    fuses_norm_linear: a norm is computed by the linear layer that reads it, where that is not quantized.
     fp8_dtype: the platform's float8, of what is multiplied with float8 weights.
     """
 
@@ -32,6 +33,7 @@ class BuildContext:
     fuses_qkv: bool = False
     fuses_norm_quant: bool = False
     fuses_activation_quant: bool = False
+    fuses_norm_linear: bool = False
     quant_config: "QuantizationConfig | None" = None
     fp8_dtype: torch.dtype = torch.float8_e4m3fn
     fusable_backends: tuple[str, ...] | None = None

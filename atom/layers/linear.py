@@ -15,7 +15,7 @@ from atom.distributed.communication import all_reduce
 from atom.distributed.parallel_state import TPGroup
 from atom.layers.build import BuildContext
 from atom.layers.module import Layer
-from atom.layers.quant.base import QuantizedRows
+from atom.layers.quant.base import Rows
 from atom.layers.quant.registry import get_linear_method
 from atom.layers.quant.scaled import scales_by_row
 from atom.utils.errors import ModelLoadError
@@ -88,7 +88,7 @@ class LinearBase(Layer):
         self.method.process_weights_after_loading(self)
         super().process_weights_after_loading()
 
-    def forward(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         return self._apply_method(self, x, self.bias)
 
     def _set_loaders(self, loader: Loader, num_shards: int = 1) -> None:
@@ -213,7 +213,7 @@ class RowParallelLinear(LinearBase):
         self._set_loaders(self._load)
         self._adds_bias = context.tp.rank == 0
 
-    def forward(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         out = self._apply_method(self, x, self.bias if self._adds_bias else None)
         return out if self.tp.size == 1 else all_reduce(out, self.tp)
 

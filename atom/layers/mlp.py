@@ -9,7 +9,7 @@ from atom.kernels import get_op
 from atom.layers.build import BuildContext
 from atom.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from atom.layers.module import Layer
-from atom.layers.quant.base import QuantizedRows, RowFormat
+from atom.layers.quant.base import PendingNorm, QuantizedRows, RowFormat, Rows
 from atom.layers.quant.unquantized import UnquantizedLinearMethod
 from atom.utils.errors import ModelLoadError
 
@@ -27,6 +27,7 @@ class GateUpSiluLinear(MergedColumnParallelLinear):
         self.is_one_kernel = not bias and isinstance(self.method, UnquantizedLinearMethod)
         self._prepare = get_op("prepare_silu_linear_weight")
         self._linear_silu_and_mul = get_op("linear_silu_and_mul")
+        self._norm_linear_silu_and_mul = get_op("rms_norm_linear_silu_and_mul")
         self._silu_and_mul = get_op("silu_and_mul", context.fusable_backends)
         self._silu_and_mul_quant = get_op("silu_and_mul_quant", context.fusable_backends)
         self._intermediate_size = self.parts[0]
@@ -38,8 +39,10 @@ class GateUpSiluLinear(MergedColumnParallelLinear):
         else:
             super().process_weights_after_loading()
 
-    def forward(self, x: torch.Tensor | QuantizedRows) -> Any:
+    def forward(self, x: Rows) -> Any:
         if self.is_one_kernel:
+            if isinstance(x, PendingNorm):
+                return self._norm_linear_silu_and_mul(*x, self.weight, self._intermediate_size)
             return self._linear_silu_and_mul(x, self.weight, self._intermediate_size)
         gate_up = super().forward(x)
         if self.quantizes is not None:
@@ -70,5 +73,5 @@ class GatedMLP(Layer):
         if context.fuses_activation_quant and not self.gate_up_proj.is_one_kernel:
             self.gate_up_proj.quantizes = self.down_proj.method.row_format
 
-    def forward(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         return self.down_proj(self.gate_up_proj(x))

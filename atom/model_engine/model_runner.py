@@ -61,6 +61,7 @@ class ModelRunner:
             fuses_qkv=envs.ATOM_ENABLE_QK_NORM_ROPE_CACHE_QUANT_FUSION,
             fuses_norm_quant=envs.ATOM_LLAMA_ENABLE_AITER_TRITON_FUSED_RMSNORM_QUANT,
             fuses_activation_quant=envs.ATOM_LLAMA_ENABLE_AITER_TRITON_FUSED_SILU_MUL_QUANT,
+            fuses_norm_linear=self.platform.device_type == "cpu",
             quant_config=config.quant_config if config.quant_config.is_quantized else None,
             fp8_dtype=self.platform.fp8_dtype,
             fusable_backends=("torch",) if self._compiles_kernels() else None,

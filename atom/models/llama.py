@@ -19,7 +19,7 @@ from atom.layers.linear import QKVParallelLinear, RowParallelLinear
 from atom.layers.mlp import GatedMLP
 from atom.layers.module import Layer
 from atom.layers.norm import RMSNorm
-from atom.layers.quant.base import QuantizedRows
+from atom.layers.quant.base import Rows
 from atom.layers.rotary import RotaryEmbedding, get_rope
 
 
@@ -80,7 +80,7 @@ class LlamaAttention(Layer):
         self._heads = [num_heads, num_kv_heads, num_kv_heads]
         self._head_dim = head_dim
 
-    def forward(self, positions: torch.Tensor, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+    def forward(self, positions: torch.Tensor, x: Rows) -> torch.Tensor:
         qkv = self.qkv_proj(x).view(positions.shape[0], -1, self._head_dim)
         if self._fuses_qkv:
             return self.o_proj(self.attn.forward_packed(positions, qkv))

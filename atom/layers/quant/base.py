@@ -14,6 +14,18 @@ class QuantizedRows(NamedTuple):
     scales: torch.Tensor
 
 
+class PendingNorm(NamedTuple):
+    """rms_norm(x), or of x + residual, which the residual becomes: the layer that reads the result computes it."""
+
+    x: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor
+    eps: float
+
+
+Rows = torch.Tensor | QuantizedRows | PendingNorm  # what linear layers multiply
+
+
 class RowFormat(NamedTuple):
     """How a layer wants the rows it multiplies: the last arguments of `quantize` and of the ops fused with it."""
 
@@ -25,9 +37,11 @@ class LinearMethod(ABC):
     """Stateless; what it creates lives on the layer.
 
     row_format: of the QuantizedRows that `apply` also takes as x; None = none.
+    takes_pending_norms: whether x may be a PendingNorm.
     """
 
     row_format: RowFormat | None = None
+    takes_pending_norms = False
 
     @abstractmethod
     def create_weights(self, layer: nn.Module, out_features: int, in_features: int, dtype: torch.dtype) -> None:
@@ -39,5 +53,5 @@ class LinearMethod(ABC):
         """Turn the loaded parameters into what `apply` reads."""
 
     @abstractmethod
-    def apply(self, layer: nn.Module, x: torch.Tensor | QuantizedRows, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] -> [T, out_features]"""

@@ -5,7 +5,7 @@ from torch import nn
 
 from atom.kernels import get_op
 from atom.layers.build import BuildContext
-from atom.layers.quant.base import LinearMethod, QuantizedRows, RowFormat
+from atom.layers.quant.base import LinearMethod, QuantizedRows, RowFormat, Rows
 
 BLOCK = 128  # rows and columns of a weight that share a scale, where the checkpoint has blocks
 
@@ -41,8 +41,8 @@ class ScaledLinearMethod(LinearMethod):
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.weight_scale = nn.Parameter(scale, requires_grad=False)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor | QuantizedRows, bias: torch.Tensor | None) -> torch.Tensor:
-        values, scales = x if isinstance(x, tuple) else self._quantize(x, *self.row_format)
+    def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
+        values, scales = x if isinstance(x, QuantizedRows) else self._quantize(x, *self.row_format)
         return self._linear(
             values, scales, layer.weight, layer.weight_scale, bias, self._group_size, layer.out_features, self._dtype
         )
