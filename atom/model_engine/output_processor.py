@@ -61,7 +61,20 @@ class OutputProcessor:
         result = StepResult()
         now = unix_time()
         changed: dict[_Request, None] = {}  # a set that keeps its order
-        for output in outputs:
+        for request_id, token in zip(outputs.request_ids, outputs.token_ids, strict=True):
+            answer = self._answers.get(request_id)
+            if answer is None:
+                continue
+            request = answer.request
+            request.metrics.num_generation_tokens += 1
+            answer.take_token(token)
+            if answer.finish_reason is not None:
+                del self._answers[request_id]
+                result.abort_ids.append(request_id)
+            elif request.kind is OutputKind.FINAL:
+                continue
+            changed[request] = None
+        for output in outputs.others:
             answer = self._answers.get(output.request_id)
             if answer is None:
                 continue
@@ -219,6 +232,11 @@ class _Answer:
         if output.finish_reason is not None:
             stop = output.stop_reason
             self.finish(output.finish_reason, stop if stop in self.user_stop_ids else None)
+
+    def take_token(self, token: int) -> None:
+        """A token and nothing else: `accept` in short, for almost all that come."""
+        self.token_ids.append(token)
+        self._add_text(self.decoder.push(token))
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         """No more tokens come: release what is held back."""

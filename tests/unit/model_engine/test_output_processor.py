@@ -37,6 +37,10 @@ class Harness:
     def step(self, *outputs):
         return self.output.process(StepOutputs(others=list(outputs)))
 
+    def plain_step(self, tokens):
+        """A token and nothing else for each request."""
+        return self.output.process(StepOutputs(request_ids=list(tokens), token_ids=list(tokens.values())))
+
 
 def out(text="", request_id="r", **kwargs):
     tokens = [END if c == "$" else b for c in text for b in ([0] if c == "$" else c.encode())]
@@ -92,6 +96,26 @@ def test_stop_string_across_steps_ends_the_engine_request(harness):
     late = harness.step(out("more"))
     assert late.request_outputs == []
     assert late.abort_ids == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from(b"xEND\xe2\x82\xac"), max_size=12), st.sampled_from(OutputKind))
+def test_plain_tokens_are_outputs_like_others(tokens, kind):
+    plain, others = Harness(), Harness()
+    for harness in (plain, others):
+        harness.add("r", kind, stop_strings=["END"])
+        harness.add("s", kind, n=2)
+        names = list(harness.output._answers)  # three: two of them answer the same request
+        harness.step(*(out("a", name) for name in names))
+    for token in [*tokens, 65]:
+        got = plain.plain_step(dict.fromkeys(names, token))
+        expected = others.step(*(EngineOutput(request_id=name, new_token_ids=[token]) for name in names))
+        assert got.abort_ids == expected.abort_ids
+        assert [(o.request_id, o.outputs, o.finished) for o in got.request_outputs] == [
+            (o.request_id, o.outputs, o.finished) for o in expected.request_outputs
+        ]
+        counts = [[r.metrics.num_generation_tokens for r in h.output._requests.values()] for h in (plain, others)]
+        assert counts[0] == counts[1]
 
 
 def test_stop_string_in_the_last_step_needs_no_abort(harness):
