@@ -273,7 +273,7 @@ def start_runners(
             print(f"{name} {engine}: not installed ({python} is missing); run with --install", flush=True)
             continue
         for setting in settings:
-            if name not in setting.workloads:
+            if name not in setting.workloads or (len(settings) > 1 and args.settings not in setting.label()):
                 continue
             try:
                 runner = Runner(python, engine, setting, job, len(cores))
@@ -325,14 +325,15 @@ def print_table(report: dict[str, Any]) -> None:
         atom = "atom" in results
         print(f"\n{titles[name]} (the limits allow {entry['roofline']:.0f})")
         print(
-            f"{'engine':13} {'median':>8} {'min':>8} {'max':>8} {'runs':>5} {'ATOM/peer':>10} {'same 1st':>9}  setting"
+            f"{'engine':13} {'median':>8} {'min':>8} {'max':>8} {'runs':>5} {'ATOM/peer':>18} {'same 1st':>9}  setting"
         )
         for engine, result in sorted(results.items(), key=lambda item: -item[1]["median"]):
             same = agreement(results, engine)
-            ratio = f"{statistics.median(rounds_ratio(results, engine)):.2f}x" if atom else "-"
+            rounds = rounds_ratio(results, engine) if atom else []
+            ratio = f"{statistics.median(rounds):.2f}x ({min(rounds):.2f}-{max(rounds):.2f})" if atom else "-"
             print(
                 f"{engine:13} {result['median']:8.1f} {result['min']:8.1f} {result['max']:8.1f} {result['runs']:5d} "
-                f"{ratio:>10} {f'{same:.0%}' if same is not None else '-':>9}  "
+                f"{ratio:>18} {f'{same:.0%}' if same is not None else '-':>9}  "
                 f"{result['setting']} ({result['version']})"
             )
 
@@ -343,6 +344,7 @@ def main() -> None:
     parser.add_argument("--peers-dir", type=Path, default=Path.home() / ".cache" / "atom" / "peers")
     parser.add_argument("--checkpoints", type=Path, default=DEFAULT_DIR, help="where the bf16 weights are kept")
     parser.add_argument("--only", default="atom,vllm,llamacpp,transformers", help="engines, separated by commas")
+    parser.add_argument("--settings", default="", help="of an engine's settings, those with this in their names")
     parser.add_argument("--workloads", default="AB", choices=["A", "B", "AB"])
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each, 3 or more")
     parser.add_argument("--cores", type=int, default=2)
