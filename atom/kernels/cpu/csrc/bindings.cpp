@@ -114,10 +114,11 @@ bool linear_args(const Tensor& x_in, const Tensor& packed, const Tensor* bias, i
 }
 
 bool linear(const Tensor& x_in, const Tensor& packed, const Tensor* bias, int64_t n, bool out_float32, bool paired,
-            Tensor& out) {
+            Tensor& out, const atom::RowNorm& norm = {}) {
   atom::LinearArgs args;
   Tensor x;
   if (!linear_args(x_in, packed, bias, n, paired, x, args)) return false;
+  args.norm = norm;
   args.out_type = out_float32 ? DType::f32 : args.type;
   out = output_like(x, n, out_float32 ? at::kFloat : x.scalar_type());
   args.out = out.data_ptr();
@@ -128,25 +129,18 @@ bool linear(const Tensor& x_in, const Tensor& packed, const Tensor* bias, int64_
 // The same of rms_norm(x), or of rms_norm(x + residual), which the residual becomes.
 bool norm_linear(const Tensor& x_in, const Tensor* residual, const Tensor& weight, double eps, const Tensor& packed,
                  const Tensor* bias, int64_t n, bool paired, Tensor& out) {
-  atom::LinearArgs args;
-  Tensor x;
-  if (!linear_args(x_in, packed, bias, n, paired, x, args) || weight.scalar_type() != x.scalar_type() ||
-      weight.dim() != 1 || weight.stride(0) != 1 || weight.size(0) != args.k)
+  if (x_in.dim() < 1 || weight.scalar_type() != x_in.scalar_type() || weight.dim() != 1 || weight.stride(0) != 1 ||
+      weight.size(0) != x_in.size(-1))
     return false;
+  atom::RowNorm norm{weight.const_data_ptr(), float(eps)};
   if (residual) {
     int64_t rows;
-    if (residual->scalar_type() != x.scalar_type() || residual->sizes() != x.sizes() ||
-        !rows_of(*residual, rows, args.norm.ldr))
+    if (residual->scalar_type() != x_in.scalar_type() || residual->sizes() != x_in.sizes() ||
+        !rows_of(*residual, rows, norm.ldr))
       return false;
-    args.norm.residual = residual->data_ptr();
+    norm.residual = residual->data_ptr();
   }
-  args.norm.weight = weight.const_data_ptr();
-  args.norm.eps = float(eps);
-  args.out_type = args.type;
-  out = output_like(x, n, x.scalar_type());
-  args.out = out.data_ptr();
-  perform(args);
-  return true;
+  return linear(x_in, packed, bias, n, false, paired, out, norm);
 }
 
 // Not part of a recorded step, whose results are float.

@@ -13,7 +13,7 @@ bool reads_inputs(const AttentionArgs& args, const StepInputs& in) {
   return args.query_start == in.query_start && args.seq_lens == in.seq_lens && args.block_table == in.block_table;
 }
 bool reads_inputs(const StoreAndAttendArgs& args, const StepInputs& in) {
-  return (!args.rotates || reads_inputs(args.rotary, in)) && reads_inputs(args.store, in) &&
+  return (!args.rotary || reads_inputs(*args.rotary, in)) && reads_inputs(args.store, in) &&
          reads_inputs(args.attention, in);
 }
 
@@ -29,7 +29,7 @@ void give_inputs(AttentionArgs& args, const StepInputs& in) {
   args.block_table_stride = in.block_table_stride;
 }
 void give_inputs(StoreAndAttendArgs& args, const StepInputs& in) {
-  give_inputs(args.rotary, in);
+  if (args.rotary) give_inputs(*args.rotary, in);
   give_inputs(args.store, in);
   give_inputs(args.attention, in);
 }
@@ -38,15 +38,14 @@ void give_inputs(StoreAndAttendArgs& args, const StepInputs& in) {
 
 void Tape::add(const AttentionArgs& args) {
   const StoreArgs* store = calls_.empty() ? nullptr : std::get_if<StoreArgs>(&calls_.back());
-  if (!store || store->cache[0].data != args.k.data || store->cache[1].data != args.v.data) {
+  if (!store) {
     calls_.push_back(args);
     return;
   }
-  StoreAndAttendArgs all{false, {}, *store, args};
+  StoreAndAttendArgs all{{}, *store, args};
   calls_.pop_back();
   const RotaryArgs* rotary = calls_.empty() ? nullptr : std::get_if<RotaryArgs>(&calls_.back());
-  if (rotary && rotary->x[0] == args.query && rotary->x[1] == store->source[0]) {
-    all.rotates = true;
+  if (rotary && rotary->x[0] == args.query && rotary->x[1] == all.store.source[0]) {
     all.rotary = *rotary;
     calls_.pop_back();
   }

@@ -1,6 +1,7 @@
 // The kernel calls of a step, recorded once and run again without Python. A tape owns no memory: what its calls read
 // and write must stay where it was, but for the step's inputs, which are given anew each time.
 #pragma once
+#include <optional>
 #include <variant>
 #include <vector>
 
@@ -17,13 +18,12 @@ inline void run(const StoreArgs& args, int threads) { store_kv(args, threads); }
 inline void run(const AttentionArgs& args, int threads) { paged_attention(args, threads); }
 
 struct StoreAndAttendArgs {
-  bool rotates;
-  RotaryArgs rotary;
+  std::optional<RotaryArgs> rotary;
   StoreArgs store;
   AttentionArgs attention;
 };
 inline void run(const StoreAndAttendArgs& args, int threads) {
-  paged_attention(args.rotates ? &args.rotary : nullptr, args.store, args.attention, threads);
+  paged_attention(args.rotary ? &*args.rotary : nullptr, args.store, args.attention, threads);
 }
 
 // What changes from step to step; the numbers of tokens, requests and blocks a row may be read up to do not.
@@ -37,7 +37,7 @@ class Tape {
  public:
   template <class Args>
   void add(const Args& args) { calls_.push_back(args); }
-  // As one call with those before that rotate for it and fill its cache.
+  // As one call with those before that rotate for it and fill a cache.
   void add(const AttentionArgs& args);
 
   // Whether all that the calls read of a step is among these inputs, which were those of the recorded step.
