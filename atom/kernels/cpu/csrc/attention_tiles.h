@@ -130,13 +130,8 @@ inline void put_key_and_copy(const bf16* key, int64_t slot, int64_t dim, bf16* g
 // The same of a value. Slots from `first` on are in the copy, zeros for all others.
 inline void put_value_and_copy(const bf16* value, int64_t first, int64_t slot, int64_t dim, bf16* group, char* copy) {
   clean_values((const char*)group, first, slot, dim, copy);
-  for (int64_t d = 0; d < dim; d += 16) {
-    const int64_t at = d / 16 * 512 + slot / 2 * 64;
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value + d)));
-    const __m512i own = _mm512_sllv_epi32(wide, _mm512_set1_epi32(slot % 2 * 16));
-    _mm512_storeu_si512(copy + at, _mm512_or_si512(_mm512_loadu_si512(copy + at), own));
-    _mm512_mask_storeu_epi16((char*)group + at, 0x55555555u << slot % 2, own);
-  }
+  put_value(value, (bf16*)copy, slot, dim);
+  put_value(value, group, slot, dim);
 }
 #endif
 
